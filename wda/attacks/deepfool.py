@@ -1,0 +1,83 @@
+"""DeepFool: walk to the nearest linearised decision boundary until the label changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wda.attacks.search import check_count, top_rivals
+from wda.losses import margin
+from wda.norms import dual, dual_maximiser, norm
+from wda.passes import Oracle
+from wda.threat import Threat
+
+__all__ = ["deepfool"]
+
+
+def deepfool(
+    oracle: Oracle,
+    x: Tensor,
+    y: Tensor,
+    ball: Threat,
+    *,
+    steps: int = 50,
+    overshoot: float = 0.005,
+    rivals: int | None = None,
+) -> Tensor:
+    r"""Steps to the nearest boundary of the linearised model (Moosavi-Dezfooli et al. 2016).
+
+    At each point the rival j with the smallest :math:`|f_j| / \|\nabla f_j\|_s` is chosen, where
+    :math:`f_j = z_j - z_y`, and the step goes just as far along the dual-norm maximiser of its gradient. A sample
+    leaves once the displacement, lengthened by `overshoot`, changes its label.
+
+    Parameters
+    ----------
+    oracle : Oracle
+    x : Tensor, shape (N, *shape)
+    y : int64 Tensor, shape (N,)
+    ball : Threat
+        Point-wise. The walk itself is not bounded by the ball, only by the box; the caller projects its end.
+    steps : int
+        At most so many.
+    overshoot : float
+        At least 0. On an affine model the result is this much further away than the nearest boundary.
+    rivals : int, optional
+        Consider only the classes with the largest logits at the sample; by default all.
+
+    Returns
+    -------
+    Tensor, shape (N, *shape)
+        Within the box; where the label changed, just behind a boundary.
+    """
+    check_count("steps", steps)
+    if not isinstance(overshoot, int | float) or not 0 <= overshoot < 1:
+        raise ValueError(f"overshoot={overshoot!r}: a number in [0, 1) is accepted")
+    logits = oracle.logits(x)
+    candidates = top_rivals(logits, y, rivals)
+    walk, result = x.clone(), x.clone()
+    active = (margin(logits, y) < 0).nonzero()[:, 0]
+    for _ in range(steps):
+        if not len(active):
+            break
+        walk[active] = _within(walk[active] + _step(oracle, walk[active], y[active], candidates[active], ball.norm), ball)
+        ahead = _within(x[active] + (1 + overshoot) * (walk[active] - x[active]), ball)
+        result[active] = ahead
+        active = active[margin(oracle.logits(ahead), y[active]) < 0]
+    return result
+
+
+def _step(oracle: Oracle, x: Tensor, y: Tensor, rivals: Tensor, name: str) -> Tensor:
+    """The shortest step onto the boundary of one of the rivals, for the model linearised at x."""
+    logits, gradients = oracle.margin_gradients(x, y, rivals)
+    gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).abs()
+    slopes = norm(gradients.flatten(0, 1), dual(name)).view_as(gaps)
+    # a rival whose gradient vanishes is infinitely far away
+    lengths = torch.where(slopes > 0, gaps / slopes.clamp(min=torch.finfo(x.dtype).tiny), torch.inf)
+    length, nearest = lengths.min(dim=1)
+    chosen = gradients[torch.arange(len(x), device=x.device), nearest]
+    length = torch.where(length.isfinite(), length, 0)
+    return length.view(-1, *[1] * (x.ndim - 1)) * dual_maximiser(chosen, name)
+
+
+def _within(points: Tensor, ball: Threat) -> Tensor:
+    return points if ball.box is None else points.clamp(*ball.box)

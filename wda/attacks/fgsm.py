@@ -1,0 +1,33 @@
+"""The fast gradient sign method, and its analogues in other norms."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from wda import losses
+from wda.norms import dual_maximiser
+from wda.passes import Oracle
+from wda.threat import Threat
+
+__all__ = ["fgsm"]
+
+
+def fgsm(oracle: Oracle, x: Tensor, y: Tensor, ball: Threat, *, loss: str = "ce") -> Tensor:
+    """One step of full length along the dual-norm maximiser of the gradient (Goodfellow et al. 2015, eq. 1).
+
+    Parameters
+    ----------
+    oracle : Oracle
+    x : Tensor, shape (N, *shape)
+    y : int64 Tensor, shape (N,)
+    ball : Threat
+        Point-wise; its `eps` is the radius around each sample.
+    loss : {"ce", "margin", "dlr", "redlr"}
+
+    Returns
+    -------
+    Tensor, shape (N, *shape)
+        Not yet projected onto the box.
+    """
+    _, gradient = oracle.gradient(x, y, losses.get(loss))
+    return x + ball.eps * dual_maximiser(gradient, ball.norm)

@@ -1,0 +1,59 @@
+"""Projected gradient ascent."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from wda import losses
+from wda.attacks.search import Best, check_count, step_lengths, uniform_start
+from wda.norms import dual_maximiser, project
+from wda.passes import Oracle
+from wda.threat import Threat
+
+__all__ = ["pgd"]
+
+
+def pgd(
+    oracle: Oracle,
+    x: Tensor,
+    y: Tensor,
+    ball: Threat,
+    *,
+    loss: str = "ce",
+    steps: int = 20,
+    step_size: float | None = None,
+    random_start: bool = True,
+    seed: int = 0,
+) -> Tensor:
+    """Steps along the dual-norm maximiser of the gradient, each projected onto the ball (Madry et al. 2018).
+
+    Parameters
+    ----------
+    oracle : Oracle
+    x : Tensor, shape (N, *shape)
+    y : int64 Tensor, shape (N,)
+    ball : Threat
+        Point-wise; its `eps` is the radius around each sample.
+    loss : {"ce", "margin", "dlr", "redlr"}
+    steps : int
+    step_size : float, optional
+        Length of every step in the ball's norm; by default lengths fall from the radius along a cosine.
+    random_start : bool
+        Start at a random point of the ball, or at the sample.
+    seed : int
+
+    Returns
+    -------
+    Tensor, shape (N, *shape)
+        The iterate of largest margin, the sample itself among them.
+    """
+    lengths = step_lengths(check_count("steps", steps), ball.eps, step_size)
+    value = losses.get(loss)
+    best = Best(x, oracle.logits(x), y)
+    point = uniform_start(x, ball, seed) if random_start else x
+    for length in lengths:
+        logits, gradient = oracle.gradient(point, y, value)
+        best.update(point, logits)
+        point = project(point + length * dual_maximiser(gradient, ball.norm), x, ball.eps, ball.norm, ball.box)
+    best.update(point, oracle.logits(point))
+    return best.points

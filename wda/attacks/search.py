@@ -1,0 +1,82 @@
+"""What iterative attacks share: step lengths, the best point so far, numbers drawn per sample."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from wda.losses import margin, rival_logits
+from wda.norms import exponent, project
+from wda.threat import Threat
+
+__all__ = ["Best", "check_count", "step_lengths", "top_rivals", "uniform_start"]
+
+
+class Best:
+    """The points of largest margin seen so far, one for each sample."""
+
+    def __init__(self, x: Tensor, logits: Tensor, y: Tensor) -> None:
+        self.points = x.clone()
+        self.y = y
+        self.margin = margin(logits, y)
+
+    def update(self, points: Tensor, logits: Tensor) -> None:
+        """Keep those of `points` (N, *shape) that have a larger margin than what is kept."""
+        new = margin(logits, self.y)
+        better = new > self.margin
+        self.points[better], self.margin[better] = points[better], new[better]
+
+
+def step_lengths(steps: int, radius: float, step_size: float | None) -> list[float]:
+    """`steps` steps of `step_size`; by default falling along a quarter cosine from the radius to near zero.
+
+    The first step reaches the sphere, so an attack on an affine model is exact after one; the last ones refine.
+    """
+    if step_size is not None:
+        if not isinstance(step_size, int | float) or not 0 < step_size < math.inf:
+            raise ValueError(f"step_size={step_size!r}: a number > 0 or None is accepted")
+        return [float(step_size)] * steps
+    return [radius * math.cos(math.pi / 2 * t / steps) for t in range(steps)]
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """`value` if it is a whole number of at least `least`; otherwise a ValueError that names it."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: a whole number >= {least} is accepted")
+    return value
+
+
+def top_rivals(logits: Tensor, y: Tensor, rivals: int | None) -> Tensor:
+    """The `rivals` classes of largest logit other than the label, (N, m); all K-1 of them by default."""
+    others = logits.shape[1] - 1
+    if rivals is not None and check_count("rivals", rivals) > others:
+        raise ValueError(f"rivals={rivals!r}: a whole number from 1 to K-1={others}, or None for all, is accepted")
+    return rival_logits(logits, y).topk(others if rivals is None else rivals, dim=1).indices
+
+
+def uniform_start(x: Tensor, ball: Threat, seed: int) -> Tensor:
+    """A point drawn uniformly from the ball around each sample, projected onto the box.
+
+    The numbers depend on the seed and on the sample's own values, so that neither the batch size nor the order
+    of the samples changes them.
+    """
+    noise = torch.stack([_uniform_in_ball(row, ball.norm, seed) for row in x.detach().cpu()]).to(x)
+    return project(x + ball.eps * noise, x, ball.eps, ball.norm, ball.box)
+
+
+def _uniform_in_ball(row: Tensor, norm: str, seed: int) -> Tensor:
+    """A float32 point drawn uniformly from the unit ball."""
+    digest = hashlib.sha256(row.float().numpy().tobytes() + seed.to_bytes(8, "little", signed=False)).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    if norm == "Linf":
+        return torch.rand(row.shape, generator=generator) * 2 - 1
+    if norm == "L2":
+        direction = torch.randn(row.shape, generator=generator)
+    else:  # signed exponentials, normalised, are uniform on the sphere of the 1-norm
+        direction = torch.empty(row.shape).exponential_(generator=generator)
+        direction *= torch.randint(0, 2, row.shape, generator=generator) * 2 - 1
+    radius = torch.rand(1, generator=generator) ** (1 / row.numel())
+    return radius * direction / torch.linalg.vector_norm(direction, exponent(norm))

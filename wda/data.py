@@ -1,0 +1,113 @@
+"""Data sets by name: scikit-learn's digits offline, files under ``WDA_DATA``, or any ``.npz`` of one's own."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wda.errors import DataUnavailable
+
+__all__ = ["data_folder", "load"]
+
+_TEST_EVERY = 3
+
+
+def load(name: str = "digits", split: str = "test", n: int | None = None) -> tuple[Tensor, Tensor]:
+    """A labelled sample, on the CPU.
+
+    Parameters
+    ----------
+    name : str
+        "digits": the 1,797 images of scikit-learn, 8 by 8 (needs scikit-learn; no network). Every third one is a
+        test image, 599 in all.
+        Otherwise a path that ends in ``.npz``, or the name of a data set in the folder ``data`` of ``WDA_DATA``:
+        "mnist" finds ``mnist_test.npz``, or ``mnist_test_firstN.npz``, which holds the first N images of the split.
+        Such a file has arrays `x` and `y`. Bytes are images (N, H, W) or (N, H, W, C) and are divided by 255;
+        floating-point numbers are taken as they are.
+    split : {"test", "train"}
+        Ignored for a path.
+    n : int, optional
+        Only the first n samples; by default all.
+
+    Returns
+    -------
+    x : float32 Tensor, shape (N, *shape)
+        Images are (N, C, H, W), in [0, 1].
+    y : int64 Tensor, shape (N,)
+
+    Raises
+    ------
+    DataUnavailable
+        The file is not there; the message says where it is looked for.
+    ValueError
+        A bad argument, a file without x and y, or fewer than n samples.
+
+    Examples
+    --------
+    >>> x, y = load("digits", n=10)
+    >>> x.shape, y[:3]
+    (torch.Size([10, 1, 8, 8]), tensor([0, 3, 6]))
+    """
+    if split not in ("test", "train"):
+        raise ValueError(f"split={split!r}: 'test' or 'train' is accepted")
+    if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+        raise ValueError(f"n={n!r}: a whole number >= 1, or None for all, is accepted")
+    x, y = _digits(split) if name == "digits" else _from_file(_find(name, split))
+    if n is not None and n > len(x):
+        raise ValueError(f"n={n!r}: {name!r} holds {len(x)} {split} samples here")
+    return x[:n], y[:n]
+
+
+def data_folder() -> Path | None:
+    """The folder that ``WDA_DATA`` names, or None where the variable is not set."""
+    value = os.environ.get("WDA_DATA")
+    return Path(value) if value else None
+
+
+def _digits(split: str) -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataUnavailable("the digits come with scikit-learn: pip install 'wda[data]'") from error
+    images, labels = load_digits(return_X_y=True)
+    test = np.arange(len(labels)) % _TEST_EVERY == 0
+    rows = test if split == "test" else ~test
+    x = torch.tensor(images[rows] / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    return x, torch.tensor(labels[rows], dtype=torch.int64)
+
+
+def _find(name: str, split: str) -> Path:
+    if name.endswith(".npz"):
+        if not Path(name).is_file():
+            raise DataUnavailable(f"data={name!r}: there is no such file")
+        return Path(name)
+    folder = data_folder()
+    if folder is None:
+        raise DataUnavailable(
+            f"data={name!r}: 'digits' and paths that end in .npz need nothing else; for others set the variable WDA_DATA to a "
+            f"folder that holds data/{name}_{split}.npz (arrays x and y)"
+        )
+    exact = folder / "data" / f"{name}_{split}.npz"
+    if exact.is_file():
+        return exact
+    first = re.compile(rf"{re.escape(name)}_{split}_first(\d+)\.npz")
+    prefixes = {int(m[1]): file for file in folder.glob("data/*.npz") if (m := first.fullmatch(file.name))}
+    if not prefixes:
+        raise DataUnavailable(f"data={name!r}: neither {exact} nor {exact.stem}_firstN.npz beside it is there; put one there (arrays x and y)")
+    return prefixes[max(prefixes)]
+
+
+def _from_file(path: Path) -> tuple[Tensor, Tensor]:
+    with np.load(path, allow_pickle=False) as arrays:
+        if missing := {"x", "y"} - set(arrays.files):
+            raise ValueError(f"data={str(path)!r} has no array {' and no array '.join(sorted(missing))}: x (N, ...) and y (N,) are needed")
+        x, y = arrays["x"], arrays["y"]
+    if x.dtype == np.uint8:
+        x = x[:, None] if x.ndim == 3 else np.moveaxis(x, -1, 1)
+        x = x.astype(np.float32) / 255
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), torch.from_numpy(y.astype(np.int64))

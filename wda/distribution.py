@@ -1,0 +1,341 @@
+"""Adversarial distributions: atoms and masses, what they cost to reach, and what they do to a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wda.errors import BudgetExceeded
+from wda.files import write_atomically
+from wda.losses import get, margin
+from wda.norms import norm
+from wda.passes import Counts, Oracle, batches, check_batch_size, check_labels, check_sample
+from wda.threat import Threat
+
+__all__ = ["AdversarialDistribution"]
+
+
+@dataclass(frozen=True, eq=False)
+class AdversarialDistribution:
+    r"""A discrete distribution together with the coupling that carries the sample to it.
+
+    Each of the N samples holds mass 1/N. Part of it moves to `moved` atoms, of which a sample may have none, one or
+    several; the rest stays where it was (eqs. 10 and 16 of the first paper). Labels never change.
+
+    Attributes
+    ----------
+    x : Tensor, shape (N, *shape)
+        The sample.
+    labels : int64 Tensor, shape (N,)
+        Its labels.
+    threat : Threat
+        The ball the distribution was made for.
+    moved : Tensor, shape (M', *shape)
+        The moved atoms.
+    moved_mass : float64 Tensor, shape (M',)
+        Their masses; those from one sample add up to at most 1/N.
+    moved_source : int64 Tensor, shape (M',)
+        The sample each came from.
+    counts : Counts
+        What it cost to find.
+
+    Examples
+    --------
+    >>> x, y = torch.zeros(2, 1), torch.tensor([0, 1])
+    >>> adv = AdversarialDistribution.from_points(x, x + 0.5, y, Threat("L2", eps=0.25), weight=0.5)
+    >>> adv.mass, adv.transport_cost()
+    (tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64), 0.25)
+    """
+
+    x: Tensor
+    labels: Tensor
+    threat: Threat
+    moved: Tensor
+    moved_mass: Tensor
+    moved_source: Tensor
+    counts: Counts = field(default_factory=Counts)
+
+    @classmethod
+    def from_points(
+        cls,
+        x: Tensor,
+        x_adv: Tensor,
+        y: Tensor,
+        threat: Threat,
+        weight: float | Tensor = 1.0,
+        counts: Counts | None = None,
+    ) -> AdversarialDistribution:
+        """The distribution that keeps ``(1 - weight_i)/N`` at ``x_i`` and moves ``weight_i/N`` to ``x_adv_i``.
+
+        Anybody's attack can be brought here and audited. Nothing is projected: `audit` says whether it fits.
+
+        Parameters
+        ----------
+        x, x_adv : Tensor, shape (N, *shape)
+        y : integer Tensor, shape (N,)
+        threat : Threat
+        weight : float or Tensor of shape (N,)
+            In [0, 1]; 1 for a point-wise attack.
+        counts : Counts, optional
+
+        Raises
+        ------
+        ValueError, TypeError
+            The sample is no sample in the box, shapes or dtypes differ, x_adv is not finite, or a weight is
+            outside [0, 1].
+        """
+        y = check_sample(x, y, threat.box)
+        if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or x_adv.dtype != x.dtype:
+            given = f"{tuple(x_adv.shape)} {x_adv.dtype}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
+            raise ValueError(f"x_adv is {given}: a tensor like x, {tuple(x.shape)} {x.dtype}, is accepted")
+        share = torch.as_tensor(weight, dtype=torch.float64, device=x.device).expand(len(x))
+        if not bool(((share >= 0) & (share <= 1)).all()):
+            raise ValueError(f"weight={weight}: numbers in [0, 1] are accepted")
+        moves = (share > 0) & (x_adv != x).flatten(1).any(1)
+        source = moves.nonzero()[:, 0]
+        return cls(x, y, threat, x_adv[source].detach(), share[source] / len(x), source, counts or Counts())
+
+    def __post_init__(self) -> None:
+        if not self.moved.isfinite().all():
+            bad = int((~self.moved.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise ValueError(f"the atom moved from sample {int(self.moved_source[bad])} has NaN or infinite values")
+
+    # -- atoms ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _stayed(self) -> Tensor:
+        """The mass that each sample keeps, (N,)."""
+        n = len(self.x)
+        gone = torch.zeros(n, dtype=torch.float64, device=self.x.device)
+        gone.index_add_(0, self.moved_source, self.moved_mass)
+        return 1 / n - gone
+
+    @cached_property
+    def source(self) -> Tensor:
+        """The sample each of the M atoms comes from, int64 (M,): first the moved atoms, then those that stay."""
+        return torch.cat([self.moved_source, (self._stayed > 0).nonzero()[:, 0]])
+
+    @property
+    def points(self) -> Tensor:
+        """The M atoms, (M, *shape), in the dtype and on the device of the sample."""
+        return torch.cat([self.moved, self.x[self._stayed > 0]])
+
+    @property
+    def mass(self) -> Tensor:
+        """The mass of each atom, float64 (M,); they sum to 1."""
+        return torch.cat([self.moved_mass, self._stayed[self._stayed > 0]])
+
+    @property
+    def y(self) -> Tensor:
+        """The label of each atom, int64 (M,)."""
+        return self.labels[self.source]
+
+    @property
+    def x_adv(self) -> Tensor:
+        """Where each sample's moved atom is, (N, *shape); the sample itself where nothing moved.
+
+        Raises
+        ------
+        ValueError
+            A sample has more than one moved atom: use `points`, `mass` and `source`.
+        """
+        self._check_single()
+        return self.x.index_copy(0, self.moved_source, self.moved)
+
+    @property
+    def weight(self) -> Tensor:
+        """The share of each sample's mass that moved, float64 (N,). Errors as for `x_adv`."""
+        self._check_single()
+        share = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
+        return share.index_copy(0, self.moved_source, self.moved_mass * len(self.x))
+
+    def _check_single(self) -> None:
+        times = self.moved_source.bincount()
+        if (times > 1).any():
+            raise ValueError(f"sample {int(times.argmax())} has {int(times.max())} moved atoms: use points, mass and source")
+
+    # -- what it does to a model ---------------------------------------------------------------------------------
+
+    def accuracy(self, model: nn.Module, batch_size: int = 256) -> float:
+        """The mass of the atoms that `model` classifies correctly, in [0, 1].
+
+        An atom is correct if its label is strictly the largest logit; ties are errors.
+        """
+        return self._expectation(model, lambda logits, y: (margin(logits, y) < 0).double(), batch_size)
+
+    def risk(self, model: nn.Module, loss: str = "ce", batch_size: int = 256) -> float:
+        """The expected loss; `loss` is one of "ce", "margin", "dlr", "redlr"."""
+        return self._expectation(model, get(loss), batch_size)
+
+    def _expectation(self, model: nn.Module, value: object, batch_size: int) -> float:
+        assert callable(value)
+        check_batch_size(batch_size)
+        points, y, mass = self.points, self.y, self.mass
+        total = 0.0
+        with Oracle(model) as oracle:
+            for rows in batches(len(points), batch_size, "evaluation", progress=False):
+                logits = oracle.logits(oracle.to_model(points[rows]))
+                labels = y[rows].to(logits.device)
+                check_labels(labels, logits.shape[1])
+                total += float(value(logits, labels).double() @ mass[rows].to(logits.device))
+        return total
+
+    # -- what it costs -------------------------------------------------------------------------------------------
+
+    def distances(self) -> Tensor:
+        """How far each moved atom is from its sample in the threat's norm, float64 (M',)."""
+        return norm(self.moved.double() - self.x[self.moved_source].double(), self.threat.norm)
+
+    def transport_cost(self, order: float | None = None) -> float:
+        r"""The cost of this very coupling, :math:`(\sum_m \mu_m d_m^p)^{1/p}`: an upper bound of :math:`W_p`.
+
+        Parameters
+        ----------
+        order : float, optional
+            p >= 1 or ``math.inf``; by default the threat's.
+        """
+        p = self._order(order)
+        d = self.distances()
+        if not len(d):
+            return 0.0
+        # scaled by the largest distance, so that a high power neither overflows nor vanishes
+        scale = float(d.max())
+        if math.isinf(p) or scale == 0:
+            return scale
+        return scale * math.fsum((self.moved_mass * (d / scale) ** p).tolist()) ** (1 / p)
+
+    def wasserstein(self, order: float | None = None) -> float:
+        r"""The exact :math:`W_p` distance from the sample, by optimal transport (needs the package POT).
+
+        Labels cannot change at a finite cost, and every label keeps its mass, so the problem splits into one
+        transport problem per label. For p = infinity the smallest threshold is sought at which a transport plan of
+        zero excess exists.
+
+        Parameters
+        ----------
+        order : float, optional
+            p >= 1 or ``math.inf``; by default the threat's.
+
+        Returns
+        -------
+        float
+            Computed in float64; its error is the solver's, about 1e-12 of the cost.
+        """
+        from wda._transport import exact_cost
+
+        p = self._order(order)
+        points, mass, y = self.points, self.mass, self.y
+        per_label = []
+        for label in self.labels.unique():
+            here, there = self.labels == label, y == label
+            start = self.x[here].flatten(1).double().cpu()
+            end = points[there].flatten(1).double().cpu()
+            per_label.append((start, end, mass[there].cpu().numpy()))
+        return exact_cost(per_label, len(self.x), self.threat.norm, p)
+
+    def audit(self, threat: Threat | None = None) -> float:
+        """Check that the distribution lies in the ball, in float64 and with no tolerance.
+
+        Checked are the box, that no sample gives away more than its mass, and that `transport_cost` is at most eps.
+        The cost of the coupling is an upper bound of the distance, so a distribution that passes is in the ball.
+
+        Parameters
+        ----------
+        threat : Threat, optional
+            By default the one the distribution was made for.
+
+        Returns
+        -------
+        float
+            The transport cost.
+
+        Raises
+        ------
+        BudgetExceeded
+            The message names the worst offender and the excess.
+        """
+        threat = self.threat if threat is None else threat
+        if threat.norm != self.threat.norm:
+            return AdversarialDistribution(
+                self.x, self.labels, threat, self.moved, self.moved_mass, self.moved_source
+            ).audit()
+        self._audit_box(threat)
+        self._audit_mass()
+        cost = self.transport_cost(threat.order)
+        if cost > threat.eps:
+            d = self.distances()
+            share = d if math.isinf(threat.order) else self.moved_mass * (d / d.max()) ** threat.order
+            worst = int(share.argmax())
+            raise BudgetExceeded(
+                f"transport cost {cost!r} exceeds eps={threat.eps!r} of {threat} by {cost - threat.eps:.3g}; the most comes from "
+                f"sample {int(self.moved_source[worst])}, moved by {float(d[worst])!r} with mass {float(self.moved_mass[worst])!r}"
+            )
+        return cost
+
+    def _audit_box(self, threat: Threat) -> None:
+        if threat.box is None or not len(self.moved):
+            return
+        low, high = threat.box
+        moved = self.moved.flatten(1).double()
+        excess = torch.maximum(low - moved, moved - high).amax(1)
+        worst = int(excess.argmax())
+        if excess[worst] > 0:
+            raise BudgetExceeded(
+                f"the atom moved from sample {int(self.moved_source[worst])} leaves box={threat.box} by {float(excess[worst]):.3g}"
+            )
+
+    def _audit_mass(self) -> None:
+        worst = int(self._stayed.argmin())
+        if self._stayed[worst] < 0 or (self.moved_mass < 0).any():
+            raise BudgetExceeded(f"sample {worst} gives away more than its mass 1/{len(self.x)}, by {-float(self._stayed[worst]):.3g}")
+
+    def _order(self, order: float | None) -> float:
+        return self.threat.order if order is None else Threat(order=order).order
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one ``.npz`` file, atomically and without pickles."""
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        about = {"threat": {**asdict(self.threat), "order": str(self.threat.order)}, "counts": asdict(self.counts), "dtype": dtype}
+        arrays = {name: _to_numpy(getattr(self, name)) for name in _ARRAYS}
+        with write_atomically(path) as file:
+            np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AdversarialDistribution:
+        """Read what `save` wrote, onto the CPU, in the dtype it had.
+
+        Raises
+        ------
+        ValueError
+            The file is not one that `save` wrote.
+        """
+        try:
+            with np.load(Path(path), allow_pickle=False) as arrays:
+                about = json.loads(str(arrays["about"]))
+                tensors = {name: torch.from_numpy(arrays[name]) for name in _ARRAYS}
+        except (KeyError, ValueError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise ValueError(f"path={str(path)!r} is no saved AdversarialDistribution: {error}") from error
+        for name in ("x", "moved"):
+            tensors[name] = tensors[name].to(getattr(torch, about["dtype"]))
+        return cls(threat=Threat(**about["threat"]), counts=Counts(**about["counts"]), **tensors)
+
+
+_ARRAYS = ("x", "labels", "moved", "moved_mass", "moved_source")
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    """A NumPy array of the tensor; NumPy knows no bfloat16, whose values float32 holds exactly."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,0 +1,11 @@
+"""Errors that have a name of their own; every other bad argument is a `ValueError` or a `TypeError`."""
+
+__all__ = ["BudgetExceeded", "DataUnavailable"]
+
+
+class BudgetExceeded(ValueError):
+    """A distribution lies outside the Wasserstein ball (or the box) it claims to be in."""
+
+
+class DataUnavailable(FileNotFoundError):
+    """A data set or a model is not on this machine; the message says what to put where."""

@@ -1,0 +1,303 @@
+"""Norms of perturbations: their duals, their steepest directions, and exact projections onto their balls.
+
+A norm is named as RobustBench names it, ``"Linf"``, ``"L2"`` or ``"L1"``; it acts on everything but the first
+axis of a tensor of shape ``(N, *shape)``. Results keep the dtype and the device of what is given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "dual",
+    "dual_maximiser",
+    "exponent",
+    "norm",
+    "operator_norm",
+    "project",
+    "round_inward",
+]
+
+_EXPONENTS = {"Linf": math.inf, "L2": 2.0, "L1": 1.0}
+_DUALS = {"Linf": "L1", "L2": "L2", "L1": "Linf"}
+
+# The largest side over which operator_norm enumerates signs: 2^19 products, about a second.
+_MAX_SIGNS = 20
+
+
+def exponent(name: str) -> float:
+    """The paper's r: the exponent of the norm called `name`.
+
+    Raises
+    ------
+    ValueError
+        `name` is not one of "Linf", "L2", "L1".
+
+    Examples
+    --------
+    >>> exponent("L2")
+    2.0
+    """
+    if not isinstance(name, str) or name not in _EXPONENTS:
+        raise ValueError(f"norm={name!r}: one of {', '.join(map(repr, _EXPONENTS))} is accepted")
+    return _EXPONENTS[name]
+
+
+def dual(name: str) -> str:
+    """The name of the dual norm (the paper's s, with 1/r + 1/s = 1).
+
+    Examples
+    --------
+    >>> dual("Linf")
+    'L1'
+    """
+    exponent(name)
+    return _DUALS[name]
+
+
+def norm(v: Tensor, name: str) -> Tensor:
+    """The norm of each sample of `v`.
+
+    Parameters
+    ----------
+    v : Tensor, shape (N, *shape)
+    name : {"Linf", "L2", "L1"}
+
+    Returns
+    -------
+    Tensor, shape (N,)
+
+    Examples
+    --------
+    >>> norm(torch.tensor([[3.0, -4.0]]), "L2")
+    tensor([5.])
+    """
+    return torch.linalg.vector_norm(v.flatten(1), exponent(name), dim=1)
+
+
+def dual_maximiser(g: Tensor, name: str) -> Tensor:
+    r"""The direction of unit norm along which the linear function g grows fastest: :math:`\mathcal M_r`, eq. (1).
+
+    For "Linf" the sign, for "L2" the normalised gradient, for "L1" the signed unit vector of the first largest
+    coordinate. Where g = 0 every direction is a maximiser and none is preferred: the result is 0.
+
+    Parameters
+    ----------
+    g : Tensor, shape (N, *shape)
+        Finite; gradients too small to be squared in their dtype are handled.
+    name : {"Linf", "L2", "L1"}
+
+    Returns
+    -------
+    Tensor, shape (N, *shape)
+        h with ``norm(h, name) == 1`` and ``(g * h).sum() == norm(g, dual(name))`` for each sample with g != 0.
+
+    Examples
+    --------
+    >>> dual_maximiser(torch.tensor([[3.0, -4.0]]), "L1")
+    tensor([[0., -1.]])
+    """
+    r = exponent(name)
+    if r == math.inf:
+        return g.sign()
+    flat = g.flatten(1)
+    largest, at = flat.abs().max(dim=1, keepdim=True)
+    if r == 1:
+        return torch.zeros_like(flat).scatter(1, at, flat.gather(1, at).sign()).view_as(g)
+    scaled = flat / torch.where(largest > 0, largest, 1)
+    return torch.nn.functional.normalize(scaled, dim=1).view_as(g)
+
+
+def project(
+    points: Tensor,
+    anchor: Tensor,
+    radius: float | Tensor,
+    name: str,
+    box: tuple[float, float] | None = None,
+) -> Tensor:
+    r"""The exact Euclidean projection of each point onto the ball around its anchor, within the box.
+
+    Solves :math:`\min_\xi \|\xi - z\|_2` subject to :math:`\|\xi - a\|_r \le R` and, if a box is given, to
+    :math:`\text{low} \le \xi \le \text{high}`. (Eq. 2 of the first paper, whose ball stands at the origin as printed;
+    it is meant to stand at the anchor.)
+
+    By symmetry each coordinate moves towards the anchor and none past it, so with :math:`\delta = z - a` and the
+    room :math:`w_j` that the box leaves on the side of :math:`\delta_j`, the solution has lengths
+    :math:`\min(|\delta_j|, R, w_j)` for "Linf", :math:`\min(t|\delta_j|, w_j)` for "L2" and
+    :math:`\min([|\delta_j| - t]_+, w_j)` for "L1". The multiplier t solves one monotone, piecewise-smooth equation;
+    its breakpoints are sorted and the right piece is solved in closed form, in float64.
+
+    Parameters
+    ----------
+    points, anchor : Tensor, shape (N, *shape)
+        The anchor lies in the box.
+    radius : float or Tensor, shape (N,)
+        At least 0.
+    name : {"Linf", "L2", "L1"}
+    box : (float, float) or None
+
+    Returns
+    -------
+    Tensor, shape (N, *shape)
+        In the dtype of `points`. Use `round_inward` where rounding must not leave the ball.
+
+    Examples
+    --------
+    >>> project(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), 1.0, "L1")
+    tensor([[0., 1.]])
+    """
+    r = exponent(name)
+    anchor64 = anchor.flatten(1).double()
+    delta = points.flatten(1).double() - anchor64
+    length = delta.abs()
+    if box is None:
+        room = torch.full_like(length, math.inf)
+    else:
+        room = torch.where(delta > 0, box[1] - anchor64, anchor64 - box[0])
+    limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))[:, None]
+    capped = length.minimum(room)
+    if r == math.inf:
+        capped = capped.minimum(limit)
+    else:
+        outside = torch.linalg.vector_norm(capped, r, dim=1) > limit[:, 0]
+        solve = _shrink_l2 if r == 2 else _shrink_l1
+        capped[outside] = solve(length[outside], room[outside], limit[outside])
+    result = (anchor64 + capped * delta.sign()).view_as(points).to(points.dtype)
+    # adding the anchor rounds: it may leave the box by one unit in the last place
+    return result if box is None else result.clamp(*box)
+
+
+def _shrink_l2(length: Tensor, room: Tensor, limit: Tensor) -> Tensor:
+    """min(t * length, room) with the t in (0, 1] that gives each row the 2-norm `limit`.
+
+    Coordinates reach their room in the order of room / length; before the k-th breakpoint t_k the first k
+    coordinates are full, so ||.||^2 = sum_{j<k} room_j^2 + t^2 sum_{j>=k} length_j^2.
+    """
+    breakpoint, order = torch.where(length > 0, room / length, math.inf).sort(dim=1)
+    full = _exclusive_cumsum(room.gather(1, order).square())
+    free = length.gather(1, order).square().flip(1).cumsum(1).flip(1)
+    square = full + breakpoint.square() * free
+    at = (square < limit.square()).sum(1, keepdim=True).clamp(max=length.shape[1] - 1)
+    t = ((limit.square() - full.gather(1, at)).clamp(min=0) / free.gather(1, at).clamp(min=1e-300)).sqrt()
+    return (t * length).minimum(room)
+
+
+def _shrink_l1(length: Tensor, room: Tensor, limit: Tensor) -> Tensor:
+    """min([length - t]_+, room) with the t >= 0 that gives each row the sum `limit`.
+
+    The sum falls in t, with slope minus the number of coordinates strictly between 0 and their room: each
+    joins at t = length - room and leaves at t = length. The sorted breakpoints cut t >= 0 into affine pieces.
+    """
+    join = (length - room).clamp(min=0)
+    events, order = torch.cat([join, length], dim=1).sort(dim=1)
+    slope = torch.cat([torch.ones_like(length), -torch.ones_like(length)], dim=1).gather(1, order).cumsum(1)
+    drop = slope[:, :-1] * events.diff(dim=1)
+    total = length.minimum(room).sum(1, keepdim=True)
+    value = total - torch.nn.functional.pad(drop.cumsum(1), (1, 0))
+    at = (value > limit).sum(1, keepdim=True) - 1
+    t = events.gather(1, at) + (value.gather(1, at) - limit) / slope.gather(1, at).clamp(min=1)
+    return (length - t).clamp(min=0).minimum(room)
+
+
+def _exclusive_cumsum(v: Tensor) -> Tensor:
+    """Sums of the entries before each one; an infinite entry may only be the last."""
+    return torch.nn.functional.pad(v[:, :-1].cumsum(1), (1, 0))
+
+
+def round_inward(points: Tensor, anchor: Tensor, radius: float | Tensor, name: str) -> Tensor:
+    """Move points that rounding left outside the ball back inside it, one unit in the last place at a time.
+
+    Afterwards ``norm(points.double() - anchor.double(), name) <= radius`` holds exactly as computed in float64.
+    Moving towards the anchor never leaves a box that holds both.
+
+    Parameters
+    ----------
+    points, anchor : Tensor, shape (N, *shape), of one dtype
+    radius : float or Tensor, shape (N,)
+    name : {"Linf", "L2", "L1"}
+
+    Returns
+    -------
+    Tensor, shape (N, *shape)
+
+    Raises
+    ------
+    ValueError
+        A point is further outside than rounding can explain: it was not projected.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[0.3]])
+    >>> moved = round_inward(x + 0.1, x, 0.1, "Linf")
+    >>> bool((moved.double() - x.double()).abs() <= 0.1)
+    True
+    """
+    limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))
+    result = points.clone()
+    for _ in range(64):
+        outside = norm(result.double() - anchor.double(), name) > limit
+        if not outside.any():
+            return result
+        result[outside] = torch.nextafter(result[outside], anchor[outside])
+    worst = (norm(points.double() - anchor.double(), name) - limit).max().item()
+    raise ValueError(f"points lie {worst:.3g} outside the ball of radius {radius}, which is more than rounding; project them first")
+
+
+def operator_norm(matrix: Tensor, r: str, s: str) -> float:
+    r"""The induced norm :math:`\|A\|_{r\to s} = \sup_{\|u\|_r = 1} \|Au\|_s`, exactly.
+
+    From "L1" it is the largest s-norm of a column, into "Linf" the largest dual r-norm of a row, from "L2" into
+    "L2" the largest singular value. From "Linf" or into "L1" the supremum is at a vector of signs, over the
+    columns or the rows; it is found by enumeration, as the problem is NP-hard in general.
+
+    Parameters
+    ----------
+    matrix : Tensor, shape (m, n)
+    r, s : {"Linf", "L2", "L1"}
+        Norm of the input, norm of the output.
+
+    Returns
+    -------
+    float
+        Computed in float64.
+
+    Raises
+    ------
+    ValueError
+        `matrix` is not a matrix, or the enumeration would be over more than 20 signs.
+
+    Examples
+    --------
+    >>> operator_norm(torch.eye(3), "Linf", "L1")
+    3.0
+    """
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise ValueError(f"matrix of shape {tuple(matrix.shape)}: a non-empty matrix (m, n) is accepted")
+    exponent(r), exponent(s)
+    a = matrix.detach().double()
+    if r == "L1":
+        return float(norm(a.T, s).max())
+    if s == "Linf":
+        return float(norm(a, dual(r)).max())
+    if r == s == "L2":
+        return float(torch.linalg.matrix_norm(a, 2))
+    # ||A||_{r->s} = ||A^T||_{s*->r*}: after this the signs are over the columns of a, and `out` is the other norm
+    if r != "Linf" or (s == "L1" and a.shape[0] < a.shape[1]):
+        a, out = a.T, dual(r)
+    else:
+        out = s
+    n = a.shape[1]
+    if n > _MAX_SIGNS:
+        raise ValueError(f"operator_norm {r}->{s} of a matrix {tuple(matrix.shape)} needs 2^{n - 1} signs; at most {_MAX_SIGNS} are accepted")
+    # u and -u give the same norm: the first sign is fixed; half of the others are enumerated at a time
+    tail = torch.tensor(list(itertools.product((1.0, -1.0), repeat=(n - 1) // 2)), dtype=a.dtype, device=a.device)
+    tail_part = a[:, n - tail.shape[1]:] @ tail.T
+    best = 0.0
+    for head in itertools.product((1.0, -1.0), repeat=n - 1 - tail.shape[1]):
+        head_part = a[:, : n - tail.shape[1]] @ torch.tensor((1.0, *head), dtype=a.dtype, device=a.device)
+        best = max(best, float(norm((tail_part + head_part[:, None]).T, out).max()))
+    return best

@@ -1,0 +1,216 @@
+"""The one place that calls the model: in batches, counted, checked, with progress shown.
+
+Attacks and distributions never call a model themselves. So every pass is counted, a NaN is named where it
+appears, the model is put back as it came, and no attack has a loop over batches of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wda.losses import Loss
+
+__all__ = ["Counts", "Oracle", "batches", "check_batch_size", "check_labels", "check_sample"]
+
+_log = logging.getLogger("wda")
+_SECONDS_BETWEEN_LOG_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a result cost: mean passes per sample (one backward pass is one gradient), and wall-clock seconds."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    seconds: float = 0.0
+
+
+class Oracle:
+    """A model behind counted passes.
+
+    Used as a context manager it puts the model in evaluation mode and, whatever happens, puts every module back
+    in the mode it came in. Gradients are taken with respect to inputs only: those of the parameters stay as
+    they were.
+
+    Parameters
+    ----------
+    model : nn.Module or callable
+        Maps ``(N, *shape)`` to logits ``(N, K)``.
+
+    Attributes
+    ----------
+    forward, backward : int
+        Rows passed forward, and gradients taken, since the start.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not callable(model):
+            raise TypeError(f"model={model!r}: a torch.nn.Module, or another callable that maps inputs to logits, is accepted")
+        self.model = model
+        self.forward = 0
+        self.backward = 0
+        self._modes: list[tuple[nn.Module, bool]] = []
+
+    def __enter__(self) -> Oracle:
+        if isinstance(self.model, nn.Module):
+            self._modes = [(module, module.training) for module in self.model.modules()]
+            self.model.eval()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self._modes:
+            module.training = training
+
+    def to_model(self, x: Tensor) -> Tensor:
+        """The rows of `x` on the model's device; an error where the dtypes differ."""
+        if not isinstance(self.model, nn.Module):
+            return x
+        for parameter in itertools.chain(self.model.parameters(), self.model.buffers()):
+            if parameter.is_floating_point():
+                if parameter.dtype != x.dtype:
+                    raise TypeError(f"x has dtype {x.dtype}, the model {parameter.dtype}: convert one of them, for example x.to({parameter.dtype})")
+                return x.to(parameter.device)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (N, K), without a graph."""
+        with torch.no_grad():
+            return self._call(x)
+
+    def gradient(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) and the gradient of each sample's loss, (N, *shape): one forward and one backward pass."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self._call(x)
+            total = loss(logits, y).sum()
+        return logits.detach(), self._gradient(total, x)
+
+    def margin_gradients(self, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) and the gradients of z_j - z_y for the rivals j (N, m), as (N, m, *shape).
+
+        One forward pass, and one backward pass per rival.
+        """
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self._call(x)
+            gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).sum(0)
+        last = len(gaps) - 1
+        rows = [self._gradient(gap, x, retain_graph=j < last) for j, gap in enumerate(gaps)]
+        return logits.detach(), torch.stack(rows, dim=1)
+
+    def classes(self, x: Tensor) -> int:
+        """K, read off one sample."""
+        return self.logits(x[:1]).shape[1]
+
+    def counts(self, n: int, seconds: float) -> Counts:
+        """The passes so far, as means over `n` samples."""
+        return Counts(self.forward / n, self.backward / n, seconds)
+
+    def _call(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        self.forward += len(x)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(x) or logits.shape[1] < 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"model(x) is {shape} for {len(x)} samples: logits of shape ({len(x)}, K) with K >= 2 are accepted")
+        if not logits.isfinite().all():
+            bad = int((~logits.isfinite()).any(1).nonzero()[0])
+            raise ValueError(f"model(x) has NaN or infinite logits, first in row {bad} of a batch of {len(x)}: {logits[bad].tolist()}")
+        return logits
+
+    def _gradient(self, total: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
+        self.backward += len(x)
+        if not total.requires_grad:  # the logits do not depend on x at all
+            return torch.zeros_like(x)
+        (g,) = torch.autograd.grad(total, x, retain_graph=retain_graph, allow_unused=True)
+        if g is None:
+            return torch.zeros_like(x)
+        if not g.isfinite().all():
+            bad = int((~g.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise ValueError(f"the gradient of the model at row {bad} of a batch of {len(x)} is NaN or infinite")
+        return g
+
+
+def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tensor:
+    """Check inputs and labels, and return the labels as int64.
+
+    Raises
+    ------
+    TypeError
+        x is not a floating-point tensor, or y not an integer one.
+    ValueError
+        The sample is empty, shapes do not match, x has NaN or leaves the box, or a label is negative.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x: a floating-point tensor (N, *shape) is accepted, not {getattr(x, 'dtype', type(x).__name__)}")
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y: an integer tensor (N,) of labels is accepted, not {getattr(y, 'dtype', type(y).__name__)}")
+    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
+        raise ValueError(f"x of shape {tuple(x.shape)}, y of shape {tuple(y.shape)}: (N, *shape) and (N,) are accepted")
+    if x.numel() == 0:
+        raise ValueError(f"x of shape {tuple(x.shape)}: at least one sample is needed")
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"x has NaN or infinite values, first in sample {bad}")
+    if box is not None:
+        low, high = x.double().aminmax()
+        if low < box[0] or high > box[1]:
+            raise ValueError(
+                f"x has values in [{low.item():.6g}, {high.item():.6g}], outside box={box}: scale the inputs "
+                "(normalisation belongs inside the model), or give the threat another box"
+            )
+    if int(y.min()) < 0:
+        raise ValueError(f"y has the label {int(y.min())}: labels from 0 to K-1 are accepted")
+    return y.long()
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise a `ValueError` if a label is not below the number of classes."""
+    if int(y.max()) >= classes:
+        raise ValueError(f"y has the label {int(y.max())}, the model has K={classes} classes: labels from 0 to K-1 are accepted")
+
+
+def check_batch_size(batch_size: int) -> int:
+    """Return `batch_size`; raise a `ValueError` if it is not a whole number of at least 1."""
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: a whole number >= 1 is accepted")
+    return batch_size
+
+
+def batches(n: int, size: int, label: str, progress: bool | None = None) -> Iterator[slice]:
+    """Slices of at most `size` rows that cover `n` rows, with progress shown as they are used up.
+
+    Parameters
+    ----------
+    n, size : int
+    label : str
+        What is running, for the bar.
+    progress : bool or None
+        True for a bar, False for none; None for a bar on a terminal and, elsewhere, a line in the log "wda" every
+        ten seconds.
+    """
+    start = logged = time.monotonic()
+    bar = sys.stderr.isatty() if progress is None else progress
+    # a bar that a failure interrupts must not swallow the line of the traceback
+    with contextlib.ExitStack() as at_end:
+        if bar:
+            at_end.callback(lambda: print(file=sys.stderr))
+        for first in range(0, n, size):
+            yield slice(first, min(first + size, n))
+            done, now = min(first + size, n), time.monotonic()
+            left = (now - start) * (n - done) / done
+            line = f"{label}: {done}/{n} samples, {now - start:.0f} s, {left:.0f} s left"
+            if bar:
+                filled = 24 * done // n
+                print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}   ", end="", file=sys.stderr, flush=True)
+            elif progress is None and now - logged >= _SECONDS_BETWEEN_LOG_LINES:
+                logged = now
+                _log.info(line)

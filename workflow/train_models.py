@@ -1,0 +1,157 @@
+"""Train the models that come with the package, and write them to data/models.
+
+    python workflow/train_models.py                    # train all four, write weights and cards
+    python workflow/train_models.py --check            # train again, compare accuracies with the cards, write nothing
+
+Each is a small network on scikit-learn's digits, trained with a fixed seed. On another machine rounding differs, so
+weights do too; accuracies are expected within half a point of the card's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import wda
+from wda import data, models
+from wda.files import write_atomically
+from wda.losses import margin
+
+FOLDER = Path(__file__).parents[1] / "data" / "models"
+TOLERANCE = 0.5  # points
+
+CONVOLUTIONAL = [
+    nn.Conv2d, (1, 16, 3, 1, 1), nn.ReLU, (), nn.Conv2d, (16, 32, 3, 2, 1), nn.ReLU, (),
+    nn.Flatten, (), nn.Linear, (512, 64), nn.ReLU, (), nn.Linear, (64, 10),
+]  # fmt: skip
+NETWORKS = {
+    "digits-mlp": [nn.Flatten, (), nn.Linear, (64, 48), nn.ReLU, (), nn.Linear, (48, 10)],
+    "digits-cnn": CONVOLUTIONAL,
+    "digits-cnn-adv": CONVOLUTIONAL,
+    "digits-gelu": [nn.Flatten, (), nn.Linear, (64, 48), nn.GELU, (), nn.Linear, (48, 48), nn.GELU, (), nn.Linear, (48, 10)],
+}
+RECIPE = {"seed": 0, "epochs": 60, "batch": 64, "optimiser": "Adam", "learning_rate": 2e-3, "schedule": "cosine", "weight_decay": 1e-4}
+ADVERSARY = {"attack": "pgd", "norm": "Linf", "eps": 0.15, "steps": 10}
+OPS = {nn.Linear: "linear", nn.Conv2d: "conv2d", nn.ReLU: "relu", nn.GELU: "gelu", nn.Flatten: "flatten"}
+
+
+def recipe(name: str) -> dict:
+    """How a model is trained."""
+    return {**RECIPE, "epochs": 100, "adversary": ADVERSARY} if name == "digits-cnn-adv" else dict(RECIPE)
+
+
+def train(name: str) -> nn.Sequential:
+    """A trained network."""
+    how = recipe(name)
+    torch.manual_seed(how["seed"])
+    classes, arguments = NETWORKS[name][::2], NETWORKS[name][1::2]
+    net = nn.Sequential(*(layer(*given) for layer, given in zip(classes, arguments, strict=True)))
+    x, y = data.load("digits", "train")
+    optimiser = torch.optim.Adam(net.parameters(), lr=how["learning_rate"], weight_decay=how["weight_decay"])
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, how["epochs"])
+    for epoch in range(how["epochs"]):
+        for rows in torch.randperm(len(x)).split(how["batch"]):
+            inputs = _attacked(net, x[rows], y[rows], how.get("adversary"), epoch)
+            loss = nn.functional.cross_entropy(net(inputs), y[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        rate.step()
+        if sys.stderr.isatty():
+            print(f"\r{name}: epoch {epoch + 1}/{how['epochs']}, loss {loss.item():.4f}   ", end="", file=sys.stderr)
+    return net.eval()
+
+
+def _attacked(net: nn.Module, x: Tensor, y: Tensor, adversary: dict | None, seed: int) -> Tensor:
+    if adversary is None:
+        return x
+    threat = wda.Threat(adversary["norm"], adversary["eps"], order=float("inf"))
+    return wda.attack(adversary["attack"], net, x, y, threat, steps=adversary["steps"], seed=seed, progress=False).x_adv
+
+
+def accuracy(net: nn.Module, split: str) -> float:
+    """Per cent of the images of a split that are classified correctly."""
+    x, y = data.load("digits", split)
+    with torch.no_grad():
+        return round(100 * (margin(net(x), y) < 0).double().mean().item(), 2)
+
+
+def layers(net: nn.Sequential) -> list[dict]:
+    """The list of layers that `wda.models.build` reads."""
+    listed = []
+    for position, module in enumerate(net):
+        layer: dict = {"op": OPS[type(module)]}
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            layer |= {"weight": f"{position}.weight", "bias": f"{position}.bias"}
+        if isinstance(module, nn.Conv2d):
+            layer |= {"stride": module.stride[0], "padding": module.padding[0]}
+        listed.append(layer)
+    return listed
+
+
+def write(name: str, net: nn.Sequential, seconds: float) -> None:
+    """Write the weights and, last, the card that states their checksum."""
+    weights = save(net.state_dict())
+    with write_atomically(FOLDER / f"{name}.safetensors") as file:
+        file.write(weights)
+    card = {
+        "name": name,
+        "data": "digits",
+        "weights_file": f"{name}.safetensors",
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "input": {"shape": [1, 8, 8], "range": [0, 1]},
+        "layers": layers(net),
+        "accuracy_percent": {split: accuracy(net, split) for split in ("train", "test")},
+        "training": {
+            "script": "workflow/train_models.py",
+            **recipe(name),
+            "seconds": round(seconds, 1),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
+        "licence": "MIT, as the rest of this project",
+    }
+    with write_atomically(FOLDER / f"{name}.json") as file:
+        file.write((json.dumps(card, indent=2) + "\n").encode())
+
+
+def check(name: str, net: nn.Sequential) -> bool:
+    """Whether the accuracies of a fresh training are those of the card, within the tolerance."""
+    stated = models.card(name)["accuracy_percent"]
+    found = {split: accuracy(net, split) for split in stated}
+    fits = all(abs(found[split] - stated[split]) <= TOLERANCE for split in stated)
+    print(f"{name}: card {stated}, trained again {found}: {'within' if fits else 'NOT within'} {TOLERANCE} points", flush=True)
+    return fits
+
+
+def main() -> int:
+    """Train, then write or compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=list(NETWORKS), help=f"which; by default {', '.join(NETWORKS)}")
+    parser.add_argument("--check", action="store_true", help="compare with the cards and write nothing")
+    options = parser.parse_args()
+    fits = True
+    for name in options.names:
+        start = time.monotonic()
+        net = train(name)
+        if options.check:
+            fits &= check(name, net)
+        else:
+            write(name, net, time.monotonic() - start)
+            print(name, models.card(name)["accuracy_percent"], flush=True)
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

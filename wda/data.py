@@ -36,7 +36,7 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
 
     Returns
     -------
-    x : float32 Tensor, shape (N, *shape)
+    x : float32 Tensor, shape (N, ...)
         Images are (N, C, H, W), in [0, 1].
     y : int64 Tensor, shape (N,)
 
@@ -89,8 +89,8 @@ def _find(name: str, split: str) -> Path:
     folder = data_folder()
     if folder is None:
         raise DataUnavailable(
-            f"data={name!r}: 'digits' and paths that end in .npz need nothing else; for others set the variable WDA_DATA to a "
-            f"folder that holds data/{name}_{split}.npz (arrays x and y)"
+            f"data={name!r}: 'digits' and paths that end in .npz need nothing else; for others set the variable "
+            f"WDA_DATA to a folder that holds data/{name}_{split}.npz (arrays x and y)"
         )
     exact = folder / "data" / f"{name}_{split}.npz"
     if exact.is_file():
@@ -98,14 +98,20 @@ def _find(name: str, split: str) -> Path:
     first = re.compile(rf"{re.escape(name)}_{split}_first(\d+)\.npz")
     prefixes = {int(m[1]): file for file in folder.glob("data/*.npz") if (m := first.fullmatch(file.name))}
     if not prefixes:
-        raise DataUnavailable(f"data={name!r}: neither {exact} nor {exact.stem}_firstN.npz beside it is there; put one there (arrays x and y)")
+        raise DataUnavailable(
+            f"data={name!r}: neither {exact} nor {exact.stem}_firstN.npz beside it is there; "
+            "put one there (arrays x and y)"
+        )
     return prefixes[max(prefixes)]
 
 
 def _from_file(path: Path) -> tuple[Tensor, Tensor]:
     with np.load(path, allow_pickle=False) as arrays:
         if missing := {"x", "y"} - set(arrays.files):
-            raise ValueError(f"data={str(path)!r} has no array {' and no array '.join(sorted(missing))}: x (N, ...) and y (N,) are needed")
+            raise ValueError(
+                f"data={str(path)!r} has no array {' and no array '.join(sorted(missing))}: "
+                "x (N, ...) and y (N,) are needed"
+            )
         x, y = arrays["x"], arrays["y"]
     if x.dtype == np.uint8:
         x = x[:, None] if x.ndim == 3 else np.moveaxis(x, -1, 1)

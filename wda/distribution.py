@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from wda.errors import BudgetExceeded
 from wda.files import write_atomically
-from wda.losses import get, margin
+from wda.losses import Loss, get, margin
 from wda.norms import norm
 from wda.passes import Counts, Oracle, batches, check_batch_size, check_labels, check_sample
 from wda.threat import Threat
@@ -32,13 +33,13 @@ class AdversarialDistribution:
 
     Attributes
     ----------
-    x : Tensor, shape (N, *shape)
+    x : Tensor, shape (N, ...)
         The sample.
     labels : int64 Tensor, shape (N,)
         Its labels.
     threat : Threat
         The ball the distribution was made for.
-    moved : Tensor, shape (M', *shape)
+    moved : Tensor, shape (M', ...)
         The moved atoms.
     moved_mass : float64 Tensor, shape (M',)
         Their masses; those from one sample add up to at most 1/N.
@@ -79,7 +80,7 @@ class AdversarialDistribution:
 
         Parameters
         ----------
-        x, x_adv : Tensor, shape (N, *shape)
+        x, x_adv : Tensor, shape (N, ...)
         y : integer Tensor, shape (N,)
         threat : Threat
         weight : float or Tensor of shape (N,)
@@ -125,7 +126,7 @@ class AdversarialDistribution:
 
     @property
     def points(self) -> Tensor:
-        """The M atoms, (M, *shape), in the dtype and on the device of the sample."""
+        """The M atoms, (M, ...), in the dtype and on the device of the sample."""
         return torch.cat([self.moved, self.x[self._stayed > 0]])
 
     @property
@@ -140,7 +141,7 @@ class AdversarialDistribution:
 
     @property
     def x_adv(self) -> Tensor:
-        """Where each sample's moved atom is, (N, *shape); the sample itself where nothing moved.
+        """Where each sample's moved atom is, (N, ...); the sample itself where nothing moved.
 
         Raises
         ------
@@ -160,7 +161,9 @@ class AdversarialDistribution:
     def _check_single(self) -> None:
         times = self.moved_source.bincount()
         if (times > 1).any():
-            raise ValueError(f"sample {int(times.argmax())} has {int(times.max())} moved atoms: use points, mass and source")
+            raise ValueError(
+                f"sample {int(times.argmax())} has {int(times.max())} moved atoms: use points, mass and source"
+            )
 
     # -- what it does to a model ---------------------------------------------------------------------------------
 
@@ -175,8 +178,7 @@ class AdversarialDistribution:
         """The expected loss; `loss` is one of "ce", "margin", "dlr", "redlr"."""
         return self._expectation(model, get(loss), batch_size)
 
-    def _expectation(self, model: nn.Module, value: object, batch_size: int) -> float:
-        assert callable(value)
+    def _expectation(self, model: nn.Module, value: Loss, batch_size: int) -> float:
         check_batch_size(batch_size)
         points, y, mass = self.points, self.y, self.mass
         total = 0.0
@@ -210,7 +212,8 @@ class AdversarialDistribution:
         scale = float(d.max())
         if math.isinf(p) or scale == 0:
             return scale
-        return scale * math.fsum((self.moved_mass * (d / scale) ** p).tolist()) ** (1 / p)
+        total = math.fsum((self.moved_mass * (d / scale) ** p).tolist())
+        return float(scale * total ** (1 / p))
 
     def wasserstein(self, order: float | None = None) -> float:
         r"""The exact :math:`W_p` distance from the sample, by optimal transport (needs the package POT).
@@ -275,8 +278,9 @@ class AdversarialDistribution:
             share = d if math.isinf(threat.order) else self.moved_mass * (d / d.max()) ** threat.order
             worst = int(share.argmax())
             raise BudgetExceeded(
-                f"transport cost {cost!r} exceeds eps={threat.eps!r} of {threat} by {cost - threat.eps:.3g}; the most comes from "
-                f"sample {int(self.moved_source[worst])}, moved by {float(d[worst])!r} with mass {float(self.moved_mass[worst])!r}"
+                f"transport cost {cost!r} exceeds eps={threat.eps!r} of {threat} by {cost - threat.eps:.3g}; "
+                f"the most comes from sample {int(self.moved_source[worst])}, moved by {float(d[worst])!r} "
+                f"with mass {float(self.moved_mass[worst])!r}"
             )
         return cost
 
@@ -289,13 +293,16 @@ class AdversarialDistribution:
         worst = int(excess.argmax())
         if excess[worst] > 0:
             raise BudgetExceeded(
-                f"the atom moved from sample {int(self.moved_source[worst])} leaves box={threat.box} by {float(excess[worst]):.3g}"
+                f"the atom moved from sample {int(self.moved_source[worst])} leaves box={threat.box} "
+                f"by {float(excess[worst]):.3g}"
             )
 
     def _audit_mass(self) -> None:
         worst = int(self._stayed.argmin())
         if self._stayed[worst] < 0 or (self.moved_mass < 0).any():
-            raise BudgetExceeded(f"sample {worst} gives away more than its mass 1/{len(self.x)}, by {-float(self._stayed[worst]):.3g}")
+            raise BudgetExceeded(
+                f"sample {worst} gives away more than its mass 1/{len(self.x)}, by {-float(self._stayed[worst]):.3g}"
+            )
 
     def _order(self, order: float | None) -> float:
         return self.threat.order if order is None else Threat(order=order).order
@@ -305,8 +312,12 @@ class AdversarialDistribution:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one ``.npz`` file, atomically and without pickles."""
         dtype = str(self.x.dtype).removeprefix("torch.")
-        about = {"threat": {**asdict(self.threat), "order": str(self.threat.order)}, "counts": asdict(self.counts), "dtype": dtype}
-        arrays = {name: _to_numpy(getattr(self, name)) for name in _ARRAYS}
+        about = {
+            "threat": {**asdict(self.threat), "order": str(self.threat.order)},
+            "counts": asdict(self.counts),
+            "dtype": dtype,
+        }
+        arrays: dict[str, Any] = {name: _to_numpy(getattr(self, name)) for name in _ARRAYS}
         with write_atomically(path) as file:
             np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
 

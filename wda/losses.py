@@ -1,8 +1,8 @@
 r"""Losses of one sample, as an adversary maximises them.
 
 Each takes logits ``(N, K)`` and labels ``(N,)`` and returns one value per sample, differentiable, in the dtype and
-on the device of the logits. Names follow DESIGN: what the first paper calls the "DLR loss" (eq. 12) is `margin` here,
-the difference of two logits; `dlr` is the ratio of Croce & Hein, which is bounded and behaves otherwise.
+on the device of the logits. What the first paper calls the "DLR loss" (eq. 12) is `margin` here, the difference of
+two logits; `dlr` is the ratio of Croce & Hein, which is bounded and behaves otherwise.
 """
 
 from __future__ import annotations

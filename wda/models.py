@@ -99,7 +99,11 @@ def load(name: str) -> nn.Module:
     return build(about["layers"], _read(weights), about.get("input", {})).eval()
 
 
-def build(layers: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor], about_input: Mapping[str, Any] | None = None) -> nn.Sequential:
+def build(
+    layers: Sequence[Mapping[str, Any]],
+    weights: Mapping[str, Tensor],
+    about_input: Mapping[str, Any] | None = None,
+) -> nn.Sequential:
     """A network from a list of layers and the tensors they name.
 
     Parameters
@@ -123,14 +127,18 @@ def build(layers: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor], ab
     tensor([[1., 1.]])
     """
     modules = [_module(layer, weights) for layer in layers]
-    mean, std = ((about_input or {}).get(key) for key in ("mean", "std"))
-    if mean and (any(mean) or any(s != 1 for s in std)):
+    about = about_input or {}
+    mean, std = about.get("mean", [0.0]), about.get("std", [1.0])
+    if any(m != 0 for m in mean) or any(s != 1 for s in std):
         modules.insert(0, Normalise(mean, std))
     return nn.Sequential(*modules)
 
 
 class Normalise(nn.Module):
     """Subtract a mean and divide by a standard deviation, per channel."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -152,22 +160,32 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """branch(x) + shortcut(x)."""
-        return self.branch(x) + self.shortcut(x)
+        total: Tensor = self.branch(x) + self.shortcut(x)
+        return total
 
 
-_PLAIN = {"relu": nn.ReLU, "gelu": nn.GELU, "sigmoid": nn.Sigmoid, "softplus": nn.Softplus, "flatten": nn.Flatten}
+_PLAIN = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "flatten": nn.Flatten,
+}
 
 
 def _module(layer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
     op = layer["op"]
     if op in _PLAIN:
-        return _PLAIN[op]()
+        plain: nn.Module = _PLAIN[op]()
+        return plain
     if op == "maxpool2d":
         return nn.MaxPool2d(layer["size"])
     if op == "residual":
         return Residual(build(layer["branch"], weights), build(layer["shortcut"], weights))
     if op not in ("linear", "conv2d"):
-        raise ValueError(f"op={op!r}: one of {', '.join([*_PLAIN, 'maxpool2d', 'residual', 'linear', 'conv2d'])} is accepted")
+        raise ValueError(
+            f"op={op!r}: one of {', '.join([*_PLAIN, 'maxpool2d', 'residual', 'linear', 'conv2d'])} is accepted"
+        )
     try:
         weight = weights[layer["weight"]]
         bias = weights[layer["bias"]] if layer.get("bias") else None
@@ -177,10 +195,9 @@ def _module(layer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Modul
     if op == "linear":
         module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     else:
-        kernel = tuple(weight.shape[2:])
-        module = nn.Conv2d(
-            weight.shape[1], weight.shape[0], kernel, layer.get("stride", 1), layer.get("padding", 0), bias=bias is not None
-        )
+        out, into, *kernel = weight.shape
+        stride, padding = layer.get("stride", 1), layer.get("padding", 0)
+        module = nn.Conv2d(into, out, (kernel[0], kernel[1]), stride, padding, bias=bias is not None)
     with torch.no_grad():
         module.weight.copy_(weight)
         if bias is not None and module.bias is not None:
@@ -194,8 +211,8 @@ def _card_path(name: str) -> Path:
             return folder / f"{name}.json"
     where = "set the variable WDA_DATA to a folder" if data_folder() is None else f"put it in {_folders()[-1]}"
     raise DataUnavailable(
-        f"model={name!r}: at hand are {', '.join(available())}; for others {where} (models/NAME.json beside its weights), "
-        "or give 'module:function'"
+        f"model={name!r}: at hand are {', '.join(available())}; for others {where} "
+        "(models/NAME.json beside its weights), or give 'module:function'"
     )
 
 
@@ -204,7 +221,9 @@ def _from_function(name: str) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError) as error:
-        raise DataUnavailable(f"model={name!r}: {error}; the module must be importable from here (its folder on PYTHONPATH)") from error
+        raise DataUnavailable(
+            f"model={name!r}: {error}; the module must be importable from here (its folder on PYTHONPATH)"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={name!r} returns {type(model).__name__}: a torch.nn.Module is needed")
     return model.eval()

@@ -1,7 +1,7 @@
 """Norms of perturbations: their duals, their steepest directions, and exact projections onto their balls.
 
 A norm is named as RobustBench names it, ``"Linf"``, ``"L2"`` or ``"L1"``; it acts on everything but the first
-axis of a tensor of shape ``(N, *shape)``. Results keep the dtype and the device of what is given.
+axis of a tensor of shape ``(N, ...)``. Results keep the dtype and the device of what is given.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def norm(v: Tensor, name: str) -> Tensor:
 
     Parameters
     ----------
-    v : Tensor, shape (N, *shape)
+    v : Tensor, shape (N, ...)
     name : {"Linf", "L2", "L1"}
 
     Returns
@@ -76,7 +76,8 @@ def norm(v: Tensor, name: str) -> Tensor:
     >>> norm(torch.tensor([[3.0, -4.0]]), "L2")
     tensor([5.])
     """
-    return torch.linalg.vector_norm(v.flatten(1), exponent(name), dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(v.flatten(1), exponent(name), dim=1)
+    return lengths
 
 
 def dual_maximiser(g: Tensor, name: str) -> Tensor:
@@ -87,13 +88,13 @@ def dual_maximiser(g: Tensor, name: str) -> Tensor:
 
     Parameters
     ----------
-    g : Tensor, shape (N, *shape)
+    g : Tensor, shape (N, ...)
         Finite; gradients too small to be squared in their dtype are handled.
     name : {"Linf", "L2", "L1"}
 
     Returns
     -------
-    Tensor, shape (N, *shape)
+    Tensor, shape (N, ...)
         h with ``norm(h, name) == 1`` and ``(g * h).sum() == norm(g, dual(name))`` for each sample with g != 0.
 
     Examples
@@ -133,7 +134,7 @@ def project(
 
     Parameters
     ----------
-    points, anchor : Tensor, shape (N, *shape)
+    points, anchor : Tensor, shape (N, ...)
         The anchor lies in the box.
     radius : float or Tensor, shape (N,)
         At least 0.
@@ -142,7 +143,7 @@ def project(
 
     Returns
     -------
-    Tensor, shape (N, *shape)
+    Tensor, shape (N, ...)
         In the dtype of `points`. Use `round_inward` where rounding must not leave the ball.
 
     Examples
@@ -216,13 +217,13 @@ def round_inward(points: Tensor, anchor: Tensor, radius: float | Tensor, name: s
 
     Parameters
     ----------
-    points, anchor : Tensor, shape (N, *shape), of one dtype
+    points, anchor : Tensor, shape (N, ...), of one dtype
     radius : float or Tensor, shape (N,)
     name : {"Linf", "L2", "L1"}
 
     Returns
     -------
-    Tensor, shape (N, *shape)
+    Tensor, shape (N, ...)
 
     Raises
     ------
@@ -244,7 +245,9 @@ def round_inward(points: Tensor, anchor: Tensor, radius: float | Tensor, name: s
             return result
         result[outside] = torch.nextafter(result[outside], anchor[outside])
     worst = (norm(points.double() - anchor.double(), name) - limit).max().item()
-    raise ValueError(f"points lie {worst:.3g} outside the ball of radius {radius}, which is more than rounding; project them first")
+    raise ValueError(
+        f"points lie {worst:.3g} outside the ball of radius {radius}, which is more than rounding; project them first"
+    )
 
 
 def operator_norm(matrix: Tensor, r: str, s: str) -> float:
@@ -292,10 +295,13 @@ def operator_norm(matrix: Tensor, r: str, s: str) -> float:
         out = s
     n = a.shape[1]
     if n > _MAX_SIGNS:
-        raise ValueError(f"operator_norm {r}->{s} of a matrix {tuple(matrix.shape)} needs 2^{n - 1} signs; at most {_MAX_SIGNS} are accepted")
+        raise ValueError(
+            f"operator_norm {r}->{s} of a matrix {tuple(matrix.shape)} needs 2^{n - 1} vectors of signs; "
+            f"matrices of at most {_MAX_SIGNS} columns (or rows, by duality) are accepted"
+        )
     # u and -u give the same norm: the first sign is fixed; half of the others are enumerated at a time
     tail = torch.tensor(list(itertools.product((1.0, -1.0), repeat=(n - 1) // 2)), dtype=a.dtype, device=a.device)
-    tail_part = a[:, n - tail.shape[1]:] @ tail.T
+    tail_part = a[:, n - tail.shape[1] :] @ tail.T
     best = 0.0
     for head in itertools.product((1.0, -1.0), repeat=n - 1 - tail.shape[1]):
         head_part = a[:, : n - tail.shape[1]] @ torch.tensor((1.0, *head), dtype=a.dtype, device=a.device)

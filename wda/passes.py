@@ -44,7 +44,7 @@ class Oracle:
     Parameters
     ----------
     model : nn.Module or callable
-        Maps ``(N, *shape)`` to logits ``(N, K)``.
+        Maps ``(N, ...)`` to logits ``(N, K)``.
 
     Attributes
     ----------
@@ -54,7 +54,9 @@ class Oracle:
 
     def __init__(self, model: nn.Module) -> None:
         if not callable(model):
-            raise TypeError(f"model={model!r}: a torch.nn.Module, or another callable that maps inputs to logits, is accepted")
+            raise TypeError(
+                f"model={model!r}: a torch.nn.Module, or another callable that maps inputs to logits, is accepted"
+            )
         self.model = model
         self.forward = 0
         self.backward = 0
@@ -77,7 +79,10 @@ class Oracle:
         for parameter in itertools.chain(self.model.parameters(), self.model.buffers()):
             if parameter.is_floating_point():
                 if parameter.dtype != x.dtype:
-                    raise TypeError(f"x has dtype {x.dtype}, the model {parameter.dtype}: convert one of them, for example x.to({parameter.dtype})")
+                    raise TypeError(
+                        f"x has dtype {x.dtype}, the model {parameter.dtype}: "
+                        f"convert one of them, for example x.to({parameter.dtype})"
+                    )
                 return x.to(parameter.device)
         return x
 
@@ -87,7 +92,7 @@ class Oracle:
             return self._call(x)
 
     def gradient(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Logits (N, K) and the gradient of each sample's loss, (N, *shape): one forward and one backward pass."""
+        """Logits (N, K) and the gradient of each sample's loss, (N, ...): one forward and one backward pass."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = self._call(x)
@@ -95,7 +100,7 @@ class Oracle:
         return logits.detach(), self._gradient(total, x)
 
     def margin_gradients(self, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, K) and the gradients of z_j - z_y for the rivals j (N, m), as (N, m, *shape).
+        """Logits (N, K) and the gradients of z_j - z_y for the rivals j (N, m), as (N, m, ...).
 
         One forward pass, and one backward pass per rival.
         """
@@ -120,10 +125,15 @@ class Oracle:
         self.forward += len(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(x) or logits.shape[1] < 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model(x) is {shape} for {len(x)} samples: logits of shape ({len(x)}, K) with K >= 2 are accepted")
+            raise ValueError(
+                f"model(x) is {shape} for {len(x)} samples: logits of shape ({len(x)}, K) with K >= 2 are accepted"
+            )
         if not logits.isfinite().all():
             bad = int((~logits.isfinite()).any(1).nonzero()[0])
-            raise ValueError(f"model(x) has NaN or infinite logits, first in row {bad} of a batch of {len(x)}: {logits[bad].tolist()}")
+            raise ValueError(
+                f"model(x) has NaN or infinite logits, first in row {bad} of a batch of {len(x)}: "
+                f"{logits[bad].tolist()}"
+            )
         return logits
 
     def _gradient(self, total: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
@@ -150,11 +160,11 @@ def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tenso
         The sample is empty, shapes do not match, x has NaN or leaves the box, or a label is negative.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x: a floating-point tensor (N, *shape) is accepted, not {getattr(x, 'dtype', type(x).__name__)}")
+        raise TypeError(f"x: a floating-point tensor (N, ...) is accepted, not {getattr(x, 'dtype', type(x).__name__)}")
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y: an integer tensor (N,) of labels is accepted, not {getattr(y, 'dtype', type(y).__name__)}")
     if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
-        raise ValueError(f"x of shape {tuple(x.shape)}, y of shape {tuple(y.shape)}: (N, *shape) and (N,) are accepted")
+        raise ValueError(f"x of shape {tuple(x.shape)}, y of shape {tuple(y.shape)}: (N, ...) and (N,) are accepted")
     if x.numel() == 0:
         raise ValueError(f"x of shape {tuple(x.shape)}: at least one sample is needed")
     if not x.isfinite().all():
@@ -175,7 +185,9 @@ def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tenso
 def check_labels(y: Tensor, classes: int) -> None:
     """Raise a `ValueError` if a label is not below the number of classes."""
     if int(y.max()) >= classes:
-        raise ValueError(f"y has the label {int(y.max())}, the model has K={classes} classes: labels from 0 to K-1 are accepted")
+        raise ValueError(
+            f"y has the label {int(y.max())}, the model has K={classes} classes: labels from 0 to K-1 are accepted"
+        )
 
 
 def check_batch_size(batch_size: int) -> int:

@@ -37,9 +37,30 @@ NETWORKS = {
     "digits-mlp": [nn.Flatten, (), nn.Linear, (64, 48), nn.ReLU, (), nn.Linear, (48, 10)],
     "digits-cnn": CONVOLUTIONAL,
     "digits-cnn-adv": CONVOLUTIONAL,
-    "digits-gelu": [nn.Flatten, (), nn.Linear, (64, 48), nn.GELU, (), nn.Linear, (48, 48), nn.GELU, (), nn.Linear, (48, 10)],
+    "digits-gelu": [
+        nn.Flatten,
+        (),
+        nn.Linear,
+        (64, 48),
+        nn.GELU,
+        (),
+        nn.Linear,
+        (48, 48),
+        nn.GELU,
+        (),
+        nn.Linear,
+        (48, 10),
+    ],
 }
-RECIPE = {"seed": 0, "epochs": 60, "batch": 64, "optimiser": "Adam", "learning_rate": 2e-3, "schedule": "cosine", "weight_decay": 1e-4}
+RECIPE = {
+    "seed": 0,
+    "epochs": 60,
+    "batch": 64,
+    "optimiser": "Adam",
+    "learning_rate": 2e-3,
+    "schedule": "cosine",
+    "weight_decay": 1e-4,
+}
 ADVERSARY = {"attack": "pgd", "norm": "Linf", "eps": 0.15, "steps": 10}
 OPS = {nn.Linear: "linear", nn.Conv2d: "conv2d", nn.ReLU: "relu", nn.GELU: "gelu", nn.Flatten: "flatten"}
 
@@ -67,7 +88,11 @@ def train(name: str) -> nn.Sequential:
             optimiser.step()
         rate.step()
         if sys.stderr.isatty():
-            print(f"\r{name}: epoch {epoch + 1}/{how['epochs']}, loss {loss.item():.4f}   ", end="", file=sys.stderr)
+            print(
+                f"\r{name}: epoch {epoch + 1}/{how['epochs']}, loss {loss.item():.4f}   ",
+                end="",
+                file=sys.stderr,
+            )
     return net.eval()
 
 
@@ -131,7 +156,10 @@ def check(name: str, net: nn.Sequential) -> bool:
     stated = models.card(name)["accuracy_percent"]
     found = {split: accuracy(net, split) for split in stated}
     fits = all(abs(found[split] - stated[split]) <= TOLERANCE for split in stated)
-    print(f"{name}: card {stated}, trained again {found}: {'within' if fits else 'NOT within'} {TOLERANCE} points", flush=True)
+    print(
+        f"{name}: card {stated}, trained again {found}: {'within' if fits else 'NOT within'} {TOLERANCE} points",
+        flush=True,
+    )
     return fits
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from wda.attacks.deepfool import deepfool
@@ -25,7 +24,7 @@ from wda.norms import project, round_inward
 from wda.passes import Oracle, batches, check_batch_size, check_labels, check_sample
 from wda.threat import Threat
 
-__all__ = ["attack", "available", "options"]
+__all__ = ["attack", "available", "check_kappa", "options"]
 
 _ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd, "deepfool": deepfool, "wda": wda}
 
@@ -89,9 +88,9 @@ def attack(
     name : str
         One of `available`.
     model : nn.Module
-        Maps (N, *shape) to logits (N, K). Normalisation belongs inside it. Its mode and the gradients of its
+        Maps (N, ...) to logits (N, K). Normalisation belongs inside it. Its mode and the gradients of its
         parameters are left as they were.
-    x : Tensor, shape (N, *shape)
+    x : Tensor, shape (N, ...)
         The sample, within the threat's box; its dtype must be the model's. Batches go to the model's device; the
         result is on the device of `x`.
     y : integer Tensor, shape (N,)
@@ -128,10 +127,12 @@ def attack(
     """
     known = options(name)
     for parameter in parameters.keys() - known.keys():
-        raise TypeError(f"{parameter}={parameters[parameter]!r}: attack {name!r} accepts {', '.join(['kappa', 'seed', *known])}")
+        raise TypeError(
+            f"{parameter}={parameters[parameter]!r}: attack {name!r} accepts {', '.join(['kappa', 'seed', *known])}"
+        )
     if not isinstance(threat, Threat):
         raise TypeError(f"threat={threat!r}: a wda.Threat is accepted")
-    kappa = _check_kappa(kappa, threat.order)
+    kappa = check_kappa(kappa, threat.order)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"seed={seed!r}: a whole number >= 0 is accepted")
     check_batch_size(batch_size)
@@ -154,9 +155,12 @@ def attack(
     return AdversarialDistribution.from_points(x.detach(), x_adv, y, threat, weight, counts)
 
 
-def _check_kappa(kappa: float, order: float) -> float:
+def check_kappa(kappa: float, order: float) -> float:
+    """Return `kappa`; raise a `ValueError` if it is below 1, or above 1 in a ball of infinite order."""
     if isinstance(kappa, bool) or not isinstance(kappa, int | float) or not 1 <= kappa < math.inf:
         raise ValueError(f"kappa={kappa!r}: a finite number >= 1 is accepted")
     if kappa > 1 and math.isinf(order):
-        raise ValueError(f"kappa={kappa!r} with order=inf: in a W_inf ball no atom may move further than eps, so only kappa=1 is accepted")
+        raise ValueError(
+            f"kappa={kappa!r} with order=inf: in a W_inf ball no atom may move further than eps; 1 is accepted"
+        )
     return float(kappa)

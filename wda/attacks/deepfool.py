@@ -33,7 +33,7 @@ def deepfool(
     Parameters
     ----------
     oracle : Oracle
-    x : Tensor, shape (N, *shape)
+    x : Tensor, shape (N, ...)
     y : int64 Tensor, shape (N,)
     ball : Threat
         Point-wise. The walk itself is not bounded by the ball, only by the box; the caller projects its end.
@@ -46,7 +46,7 @@ def deepfool(
 
     Returns
     -------
-    Tensor, shape (N, *shape)
+    Tensor, shape (N, ...)
         Within the box; where the label changed, just behind a boundary.
     """
     check_count("steps", steps)
@@ -59,7 +59,9 @@ def deepfool(
     for _ in range(steps):
         if not len(active):
             break
-        walk[active] = _within(walk[active] + _step(oracle, walk[active], y[active], candidates[active], ball.norm), ball)
+        walk[active] = _within(
+            walk[active] + _step(oracle, walk[active], y[active], candidates[active], ball.norm), ball
+        )
         ahead = _within(x[active] + (1 + overshoot) * (walk[active] - x[active]), ball)
         result[active] = ahead
         active = active[margin(oracle.logits(ahead), y[active]) < 0]

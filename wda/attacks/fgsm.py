@@ -18,7 +18,7 @@ def fgsm(oracle: Oracle, x: Tensor, y: Tensor, ball: Threat, *, loss: str = "ce"
     Parameters
     ----------
     oracle : Oracle
-    x : Tensor, shape (N, *shape)
+    x : Tensor, shape (N, ...)
     y : int64 Tensor, shape (N,)
     ball : Threat
         Point-wise; its `eps` is the radius around each sample.
@@ -26,7 +26,7 @@ def fgsm(oracle: Oracle, x: Tensor, y: Tensor, ball: Threat, *, loss: str = "ce"
 
     Returns
     -------
-    Tensor, shape (N, *shape)
+    Tensor, shape (N, ...)
         Not yet projected onto the box.
     """
     _, gradient = oracle.gradient(x, y, losses.get(loss))

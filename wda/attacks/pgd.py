@@ -30,7 +30,7 @@ def pgd(
     Parameters
     ----------
     oracle : Oracle
-    x : Tensor, shape (N, *shape)
+    x : Tensor, shape (N, ...)
     y : int64 Tensor, shape (N,)
     ball : Threat
         Point-wise; its `eps` is the radius around each sample.
@@ -44,7 +44,7 @@ def pgd(
 
     Returns
     -------
-    Tensor, shape (N, *shape)
+    Tensor, shape (N, ...)
         The iterate of largest margin, the sample itself among them.
     """
     lengths = step_lengths(check_count("steps", steps), ball.eps, step_size)

@@ -24,7 +24,7 @@ class Best:
         self.margin = margin(logits, y)
 
     def update(self, points: Tensor, logits: Tensor) -> None:
-        """Keep those of `points` (N, *shape) that have a larger margin than what is kept."""
+        """Keep those of `points` (N, ...) that have a larger margin than what is kept."""
         new = margin(logits, self.y)
         better = new > self.margin
         self.points[better], self.margin[better] = points[better], new[better]
@@ -79,4 +79,5 @@ def _uniform_in_ball(row: Tensor, norm: str, seed: int) -> Tensor:
         direction = torch.empty(row.shape).exponential_(generator=generator)
         direction *= torch.randint(0, 2, row.shape, generator=generator) * 2 - 1
     radius = torch.rand(1, generator=generator) ** (1 / row.numel())
-    return radius * direction / torch.linalg.vector_norm(direction, exponent(norm))
+    point: Tensor = radius * direction / torch.linalg.vector_norm(direction, exponent(norm))
+    return point

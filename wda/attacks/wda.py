@@ -39,7 +39,7 @@ def wda(
     Parameters
     ----------
     oracle : Oracle
-    x : Tensor, shape (N, *shape)
+    x : Tensor, shape (N, ...)
     y : int64 Tensor, shape (N,)
     ball : Threat
         Point-wise; its `eps` is the paper's :math:`\kappa\varepsilon`.
@@ -54,7 +54,7 @@ def wda(
 
     Returns
     -------
-    Tensor, shape (N, *shape)
+    Tensor, shape (N, ...)
     """
     lengths = step_lengths(check_count("steps", steps), ball.eps, step_size)
     if check_count("probe_steps", probe_steps) > steps:
@@ -81,7 +81,7 @@ def wda(
 
 
 def _proposals(point: Tensor, gradients: Tensor, length: float, x: Tensor, ball: Threat) -> Tensor:
-    """Line 10 of Algorithm 1: one projected step for each rival, (N, m, *shape)."""
+    """Line 10 of Algorithm 1: one projected step for each rival, (N, m, ...)."""
     direction = dual_maximiser(gradients.flatten(0, 1), ball.norm).view_as(gradients)
     ahead = point[:, None] + length * direction
     anchors = x[:, None].expand_as(ahead)
@@ -96,4 +96,5 @@ def _choose(oracle: Oracle, proposals: Tensor, y: Tensor, rivals: Tensor, rule: 
     own = logits.gather(2, rivals[:, :, None])[:, :, 0]
     if rule == "margin":
         own = own - logits.gather(2, y[:, None, None].expand(-1, rivals.shape[1], 1))[:, :, 0]
-    return own.argmax(1)
+    chosen: Tensor = own.argmax(1)
+    return chosen

@@ -1,0 +1,85 @@
+# Everything needs only make and python3.11 or python3.12: each target first sets up .venv if that is missing or
+# older than requirements.lock or pyproject.toml. Inside the conda environment of environment.yml that one is used.
+VENV := $(if $(filter wda,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX),.venv)
+BIN  := $(VENV)/bin
+UV   := $(BIN)/uv pip
+
+# The number of threads decides how torch splits a sum, and so its last bits: fixed, whatever the machine has.
+# MKL_DYNAMIC would otherwise let MKL take fewer than asked for.
+export OMP_NUM_THREADS ?= 2
+export MKL_DYNAMIC ?= FALSE
+# uv installs no bytecode; where this is set, every kernel and every test process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+# `wda` and `jupytext` in a cell or a recipe are those of the environment.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+# The browser of the page tests; tests/test_browser.py reads the same two variables.
+export CHROMIUM ?= $(shell for b in chromium chromium-browser google-chrome; do command -v $$b && break; done)
+export CHROMEDRIVER ?= $(shell command -v chromedriver)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help book test lint experiments models notebooks readme lock env clean FORCE
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+book: env _build/inputs  ## run the chapters and write _build/html/index.html; a warning or a failing cell is an error
+	$(BIN)/jupyter-book build -W --keep-going .
+
+# Without a browser nothing reads the built pages, and their tests skip with that reason.
+test: env $(if $(and $(CHROMIUM),$(CHROMEDRIVER)),book)  ## unit tests, notebooks against their stored outputs, pages in Chromium
+	$(BIN)/python -m pytest
+
+lint: env  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+experiments: env  ## rerun the digits experiments (about 10 minutes): the records in data/results/digits, then the README
+	@set -e; for model in digits-mlp digits-cnn digits-cnn-adv digits-gelu; do for ball in "Linf 0.1" "L2 0.5"; do \
+	  set -- $$ball; echo "$$model $$ball"; $(BIN)/wda run notebooks/attack.ipynb -o _build/experiments/$$model-$$1.ipynb \
+	    -p model $$model -p norm $$1 -p eps $$2 -p output data/results/digits; done; done
+	@$(MAKE) readme
+
+models: env  ## train the bundled models again (3 minutes) and compare their accuracies with their cards
+	$(BIN)/python workflow/train_models.py --check
+
+notebooks: env  ## rerun notebooks/ in place: stored outputs and .py twins
+	$(BIN)/jupytext --sync notebooks/*.ipynb
+	$(BIN)/python workflow/notebooks.py notebooks/*.ipynb
+
+readme: env  ## rewrite the README's table and picture from the records
+	$(BIN)/python workflow/readme.py
+
+lock: | $(BIN)/uv  ## resolve pyproject.toml into requirements.lock
+	$(UV) compile -q --universal --python-version 3.11 --all-extras pyproject.toml -o requirements.lock
+
+env: $(VENV)/.installed  ## only set up the environment
+
+clean:  ## remove what was built; .venv and results/ stay
+	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A Debian python3.11 may lack ensurepip, and a pyenv shim may stand for a version that is not selected: ask each.
+$(BIN)/python:
+	@for python in $(PYTHON) python3.11 python3.12 python3; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; \
+	  then echo "$$python -m venv $(VENV)"; exec $$python -m venv --clear $(VENV); fi; \
+	done; \
+	echo "No usable Python found. Accepted: python3.11 or python3.12 with its venv module (on Debian and Ubuntu the" \
+	     "package python3.11-venv or python3.12-venv), on PATH or as 'make PYTHON=/path/to/python3.11 ...'." >&2; exit 1
+
+$(BIN)/uv: | $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.8
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/uv
+	$(UV) install -q -p $(BIN)/python -r requirements.lock
+	$(UV) install -q -p $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Jupyter Book runs a chapter again when the chapter changes, not when what it imports or reads does. So when the
+# contents of wda/, data/ or the lock differ from the last build's, forget the executed cells and the parsed pages.
+_build/inputs: FORCE
+	@mkdir -p _build
+	@find wda data requirements.lock -type f ! -path '*/__pycache__/*' -exec cksum {} + | LC_ALL=C sort > $@.new
+	@if cmp -s $@ $@.new; then rm $@.new; else rm -rf _build/.jupyter_cache _build/.doctrees && mv $@.new $@; fi

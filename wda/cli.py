@@ -1,0 +1,68 @@
+"""The command ``wda``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the return value is the exit status."""
+    parser = argparse.ArgumentParser(prog="wda", description="Wasserstein distributional attacks, from notebooks.")
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser(
+        "run",
+        help="run a notebook with parameters",
+        description="Run a notebook with papermill. A parameter that the notebook does not declare is an error.",
+    )
+    run.add_argument("notebook", help="the .ipynb file")
+    run.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter; VALUE is read as Python where it can be, otherwise as text: 0.1, 8/255, \"['pgd', 'wda']\"",
+    )
+    run.add_argument("-o", "--output", help="the notebook with its outputs (default: results/NOTEBOOK)")
+    run.set_defaults(command=_run)
+    options = parser.parse_args(arguments)
+    return int(options.command(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        from papermill.exceptions import PapermillExecutionError
+
+        from wda.experiment import run_notebook
+    except ImportError as error:
+        print(f"wda run: {error}; pip install 'wda[notebooks]'", file=sys.stderr)
+        return 1
+    out = options.output or str(Path("results") / Path(options.notebook).name)
+    try:
+        run_notebook(options.notebook, out, **{name: _value(text) for name, text in options.p})
+    except PapermillExecutionError as error:
+        print(f"wda run: {error.ename}: {error.evalue}\nThe notebook as far as it ran: {out}", file=sys.stderr)
+        return 1
+    except (OSError, TypeError) as error:
+        print(f"wda run: {error}", file=sys.stderr)
+        return 2
+    print(out)
+    return 0
+
+
+def _value(text: str) -> object:
+    """The Python literal that `text` spells, or the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

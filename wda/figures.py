@@ -1,0 +1,72 @@
+"""Figures of the book and the notebooks. Needs matplotlib."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["COLOURS", "MARKERS", "accuracy_over_kappa"]
+
+# Told apart by their lightness, so also in greyscale, and by readers who do not see red and green apart.
+COLOURS = ("#0b2a4a", "#c1432e", "#4c9a8e", "#e3a93c", "#9db4c8")
+MARKERS = ("o", "s", "^", "D", "v")
+
+
+def accuracy_over_kappa(results: pd.DataFrame) -> Figure:
+    """Accuracy under "wda" as kappa grows, with Wilson's intervals: a panel for each threat, a line for each model.
+
+    Parameters
+    ----------
+    results : DataFrame
+        From `wda.experiment.read` or `wda.experiment.frame`.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        No record is of the attack "wda".
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> one = {"attack": "wda", "kappa": 1.0, "accuracy": 0.5, "accuracy_interval": (0.4, 0.6), "clean_accuracy": 1.0}
+    >>> figure = accuracy_over_kappa(pd.DataFrame([{**one, "model": "m", "norm": "L2", "eps": 0.5, "order": "1.0"}]))
+    >>> len(figure.axes)
+    1
+    """
+    runs = results[results.attack == "wda"]
+    if runs.empty:
+        raise ValueError("results has no record of the attack 'wda'")
+    threats = list(runs.groupby(["order", "norm", "eps"]))
+    figure, panels = plt.subplots(
+        1, len(threats), figsize=(1 + 3.6 * len(threats), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, ((order, norm, eps), of_threat) in zip(panels[0], threats, strict=True):
+        for (model, line), colour, marker in zip(of_threat.groupby("model"), COLOURS, MARKERS, strict=False):
+            line = line.sort_values("kappa")
+            low, high = (100 * line.accuracy_interval.str[side] for side in (0, 1))
+            accuracy = 100 * line.accuracy
+            panel.errorbar(
+                line.kappa,
+                accuracy,
+                (accuracy - low, high - accuracy),
+                color=colour,
+                marker=marker,
+                capsize=3,
+                label=model,
+            )
+            panel.axhline(100 * line.clean_accuracy.iloc[0], color=colour, linestyle=":", linewidth=1)
+        panel.set_title(f"$W_{{{order.removesuffix('.0')}}}$, {norm}, radius {eps:g}", fontsize="medium")
+        panel.set_xlabel("κ (radius of the search / ε)")
+    panels[0][0].set_ylabel("accuracy (%)")
+    panels[0][0].set_ylim(0, 101)
+    panels[0][-1].legend(fontsize="small")
+    return figure

@@ -82,4 +82,4 @@ print(experiment.table(results).round(1).T.to_string())
 print(experiment.costs(results).to_string(index=False))
 
 # %%
-figures.accuracy_over_kappa(results);
+figure = figures.accuracy_over_kappa(results)

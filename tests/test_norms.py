@@ -94,7 +94,7 @@ def solve_qp(z: np.ndarray, a: np.ndarray, radius: float, name: str, box: tuple[
     xi = cp.Variable(len(z))
     ball = cp.norm(xi - a, {"Linf": "inf", "L2": 2, "L1": 1}[name]) <= radius
     within = [] if box is None else [xi >= box[0], xi <= box[1]]
-    tolerances = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-12)
+    tolerances = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-10)
     cp.Problem(cp.Minimize(cp.sum_squares(xi - z)), [ball, *within]).solve(solver=cp.CLARABEL, **tolerances)
     return xi.value
 
@@ -241,7 +241,7 @@ def test_project_stays_in_a_box_that_its_dtype_cannot_represent(
 @each_float
 @pytest.mark.parametrize("radius", [8 / 255, 0.3])
 def test_round_inward_ends_inside_exactly_and_a_few_units_away(name: str, dtype: torch.dtype, radius: float) -> None:
-    anchor = uniform(7, 200, 9).to(dtype)
+    anchor = (0.97 * uniform(7, 200, 9)).to(dtype)  # off the grid on which torch draws: sums round both ways
     points = norms.project(anchor + normal(8, 200, 9).to(dtype), anchor, radius, name, BOX)
 
     def distance(p: Tensor) -> Tensor:

@@ -52,6 +52,9 @@ def _run(options: argparse.Namespace) -> int:
     except (OSError, TypeError) as error:
         print(f"wda run: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"wda run: interrupted; records of finished attacks are kept, the notebook is {out}", file=sys.stderr)
+        return 130
     print(out)
     return 0
 

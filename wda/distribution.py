@@ -180,15 +180,16 @@ class AdversarialDistribution:
 
     def _expectation(self, model: nn.Module, value: Loss, batch_size: int) -> float:
         check_batch_size(batch_size)
-        points, y, mass = self.points, self.y, self.mass
-        total = 0.0
+        points, y = self.points, self.y
+        values = torch.empty(len(points), dtype=torch.float64)
         with Oracle(model) as oracle:
             for rows in batches(len(points), batch_size, "evaluation", progress=False):
                 logits = oracle.logits(oracle.to_model(points[rows]))
                 labels = y[rows].to(logits.device)
                 check_labels(labels, logits.shape[1])
-                total += float(value(logits, labels).double() @ mass[rows].to(logits.device))
-        return total
+                values[rows] = value(logits, labels).double().cpu()
+        # summed exactly, so that the batch size does not show
+        return math.fsum((values * self.mass.cpu()).tolist())
 
     # -- what it costs -------------------------------------------------------------------------------------------
 

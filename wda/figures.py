@@ -65,8 +65,8 @@ def accuracy_over_kappa(results: pd.DataFrame) -> Figure:
             )
             panel.axhline(100 * line.clean_accuracy.iloc[0], color=colour, linestyle=":", linewidth=1)
         panel.set_title(f"$W_{{{order.removesuffix('.0')}}}$, {norm}, radius {eps:g}", fontsize="medium")
-        panel.set_xlabel("κ (radius of the search / ε)")
+        panel.set_xlabel("κ (search radius / ε)")
     panels[0][0].set_ylabel("accuracy (%)")
     panels[0][0].set_ylim(0, 101)
-    panels[0][-1].legend(fontsize="small")
+    panels[0][-1].legend(fontsize="small", loc="lower right")
     return figure

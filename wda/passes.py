@@ -6,7 +6,6 @@ appears, the model is put back as it came, and no attack has a loop over batches
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import sys
@@ -211,18 +210,16 @@ def batches(n: int, size: int, label: str, progress: bool | None = None) -> Iter
     """
     start = logged = time.monotonic()
     bar = sys.stderr.isatty() if progress is None else progress
-    # a bar that a failure interrupts must not swallow the line of the traceback
-    with contextlib.ExitStack() as at_end:
+    for first in range(0, n, size):
+        done = min(first + size, n)
+        yield slice(first, done)
+        now = time.monotonic()
+        left = (now - start) * (n - done) / done
+        line = f"{label}: {done}/{n} samples, {now - start:.0f} s, {left:.0f} s left"
         if bar:
-            at_end.callback(lambda: print(file=sys.stderr))
-        for first in range(0, n, size):
-            yield slice(first, min(first + size, n))
-            done, now = min(first + size, n), time.monotonic()
-            left = (now - start) * (n - done) / done
-            line = f"{label}: {done}/{n} samples, {now - start:.0f} s, {left:.0f} s left"
-            if bar:
-                filled = 24 * done // n
-                print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}   ", end="", file=sys.stderr, flush=True)
-            elif progress is None and now - logged >= _SECONDS_BETWEEN_LOG_LINES:
-                logged = now
-                _log.info(line)
+            filled = 24 * done // n
+            end = "\n" if done == n else ""
+            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}   ", end=end, file=sys.stderr, flush=True)
+        elif progress is None and now - logged >= _SECONDS_BETWEEN_LOG_LINES:
+            logged = now
+            _log.info(line)

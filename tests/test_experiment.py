@@ -1,0 +1,187 @@
+"""Records, tables, the notebook runner and the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import wda
+from wda import cli, experiment
+from wda.distribution import AdversarialDistribution
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "attack.ipynb"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of a short run, in a folder that did not exist."""
+    out = tmp_path_factory.mktemp("records") / "made" / "here"
+    experiment.run(n=40, attacks=["fgsm", "wda"], kappas=[1, 2], output=out)
+    return out
+
+
+def test_records_state_everything_needed_to_read_them(folder: Path) -> None:
+    records = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
+    assert [(r["parameters"]["attack"], r["parameters"]["kappa"]) for r in records] == [
+        ("fgsm", 1),
+        ("wda", 1),
+        ("wda", 2),
+    ]
+    for record in records:
+        assert record["transport_cost"] <= record["parameters"]["eps"]
+        assert record["accuracy_interval"][0] <= record["accuracy"] <= record["accuracy_interval"][1]
+        assert record["passes"]["backward"] > 0
+        assert {"wda", "commit", "python", "torch", "cpu", "threads", "gpu"} == record["provenance"].keys()
+
+
+def test_aggregates_follow_from_the_samples(folder: Path) -> None:
+    """Eq. (10): accuracy = clean - (flipped share) / kappa, and the cost is the mean distance over kappa."""
+    for path in folder.iterdir():
+        record = json.loads(path.read_text())
+        samples, kappa = record["samples"], record["parameters"]["kappa"]
+        n = len(samples["index"])
+        correct = sum(
+            label == guess for label, guess in zip(samples["label"], samples["clean_prediction"], strict=True)
+        )
+        assert record["clean_accuracy"] == pytest.approx(correct / n)
+        assert record["accuracy"] == pytest.approx((correct - sum(samples["flipped"]) / kappa) / n)
+        assert record["transport_cost"] == pytest.approx(sum(samples["distance"]) / n / kappa, abs=1e-7)
+        for flipped, rival, label in zip(samples["flipped"], samples["rival"], samples["label"], strict=True):
+            assert not flipped or rival not in (-1, label)
+
+
+def test_table_and_costs_hold_the_records(folder: Path) -> None:
+    results = experiment.read(folder)
+    table = experiment.table(results)
+    assert list(table.columns) == ["clean", "fgsm", "wda κ=1", "wda κ=2"]
+    two = results[results.kappa == 2].accuracy.item()
+    assert table.loc[("digits-mlp", "W1 Linf 0.1"), "wda κ=2"] == pytest.approx(100 * two)
+    assert f"{100 * two:.1f}" in experiment.costs(results).accuracy.tolist()
+
+
+def test_a_rerun_gives_the_same_record_but_for_seconds(folder: Path, tmp_path: Path) -> None:
+    experiment.run(n=40, attacks=["fgsm", "wda"], kappas=[1, 2], output=tmp_path, batch_size=7)
+    for path in folder.iterdir():
+        old, new = json.loads(path.read_text()), json.loads((tmp_path / path.name).read_text())
+        for record in (old, new):
+            del record["passes"]["seconds"], record["parameters"]["batch_size"]
+        assert new["samples"]["flipped"] == old["samples"]["flipped"]
+        assert new["samples"]["distance"] == pytest.approx(old["samples"]["distance"], abs=1e-7)
+        assert new["accuracy"] == old["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"attacks": ["wda", "nonsense"]}, ValueError, "attack='nonsense'"),
+        ({"attacks": "wda"}, ValueError, "attacks='wda'"),
+        ({"attacks": []}, ValueError, r"attacks=\[\]"),
+        ({"kappas": [1, 0.5]}, ValueError, "kappa=0.5"),
+        ({"kappas": [2], "order": "inf"}, ValueError, "kappa=2"),
+        ({"eps": "8/0"}, ValueError, "eps='8/0'"),
+        ({"norm": "L3"}, ValueError, "norm='L3'"),
+        ({"dtype": "float128"}, ValueError, "dtype='float128'"),
+        ({"n": 10**6}, ValueError, "n=1000000"),
+        ({"data": "nowhere"}, wda.DataUnavailable, "WDA_DATA"),
+        ({"model": "nobody"}, wda.DataUnavailable, "digits-mlp"),
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_written(
+    arguments: dict, error: type, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WDA_DATA", raising=False)
+    with pytest.raises(error, match=words):
+        experiment.run(output=tmp_path / "out", **arguments)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_output_that_cannot_be_written_is_found_before_the_first_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(experiment, "attack", lambda *_, **__: pytest.fail("an attack ran"))
+    with pytest.raises(OSError, match=r"file.*cannot be written"):
+        experiment.run(n=5, output=tmp_path / "file" / "out")
+
+
+def test_an_interrupted_run_keeps_what_is_finished_and_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = AdversarialDistribution.audit
+    calls = []
+
+    def interrupted(self: AdversarialDistribution) -> float:
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return audit(self)
+
+    monkeypatch.setattr(AdversarialDistribution, "audit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(n=5, attacks=["fgsm", "pgd"], output=tmp_path)
+    [only] = tmp_path.iterdir()
+    assert json.loads(only.read_text())["parameters"]["attack"] == "fgsm"
+
+
+def test_interval_is_that_of_scipy_on_counts() -> None:
+    from scipy.stats import binomtest
+
+    for k, n in ((0, 7), (3, 10), (599, 599), (420, 1000)):
+        theirs = binomtest(k, n).proportion_ci(method="wilson")
+        assert experiment.interval(k / n, n) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_runner_refuses_an_undeclared_parameter(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"kapas=.*kappas"):
+        experiment.run_notebook(NOTEBOOK, tmp_path / "out.ipynb", kapas=[1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line_runs_a_notebook_with_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", str(NOTEBOOK), "-o", str(tmp_path / "out.ipynb"), "-p", "n", "20", "-p", "eps", "8/255"]
+    words += ["-p", "attacks", "['fgsm', 'wda']", "-p", "kappas", "[2]", "-p", "output", str(tmp_path / "records")]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.endswith("out.ipynb\n")
+    results = experiment.read(tmp_path / "records")
+    assert set(results.attack) == {"fgsm", "wda"}
+    assert results.eps.unique() == pytest.approx(8 / 255)
+    assert (tmp_path / "out.ipynb").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["run", str(NOTEBOOK), "-p", "kapas", "1"], 2, "kapas"),
+        (["run", "missing.ipynb"], 2, "missing.ipynb"),
+        (["run", str(NOTEBOOK), "-p", "eps", "-1"], 1, "eps=-1"),
+    ],
+)
+def test_command_line_failures_have_a_status_and_one_line(
+    words: list[str], status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "-o", str(tmp_path / "out.ipynb")]) == status
+    assert said in capsys.readouterr().err
+
+
+def test_a_tampered_result_fails_the_notebook_check(tmp_path: Path) -> None:
+    """One digit changed in a stored table is a failed test; as stored, `make test` itself runs the notebook."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    [table, _] = [c for c in notebook.cells if "nbval-check-output" in c.metadata.get("tags", [])]
+    before = table.outputs[0].text
+    row = next(line for line in before.splitlines() if line.startswith("wda κ=2"))
+    digit = row[-1]
+    table.outputs[0].text = before.replace(row, row[:-1] + str((int(digit) + 1) % 10))
+    nbformat.write(notebook, tmp_path / "tampered.ipynb")
+    shutil.copy(ROOT / "tests" / "nbval_sanitize.cfg", tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
+    command += [f"--nbval-sanitize-with={tmp_path}/nbval_sanitize.cfg", "-c", "/dev/null", f"{tmp_path}/tampered.ipynb"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed" in done.stdout

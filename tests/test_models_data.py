@@ -1,0 +1,302 @@
+"""Data sets and models by name: what they hold, and what is said where they are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from wda import DataUnavailable, data, models
+
+ROOT = Path(__file__).parents[1]
+BUNDLED = ("digits-cnn", "digits-cnn-adv", "digits-gelu", "digits-mlp")
+
+
+def percent_correct(model: nn.Module, split: str) -> float:
+    x, y = data.load("digits", split)
+    with torch.no_grad():
+        return 100 * (model(x).argmax(1) == y).double().mean().item()
+
+
+@pytest.fixture
+def no_wda_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WDA_DATA", raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of data sets and models, named by WDA_DATA."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "models").mkdir()
+    monkeypatch.setenv("WDA_DATA", str(tmp_path))
+    return tmp_path
+
+
+# -- data ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_digits_split_is_fixed_and_disjoint_and_covers_everything() -> None:
+    images, digits = load_digits(return_X_y=True)
+    (x, y), (x_train, y_train) = data.load("digits"), data.load("digits", "train")
+    assert (x.shape, x_train.shape) == ((599, 1, 8, 8), (1198, 1, 8, 8))
+    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+    rows = np.arange(len(images))
+    assert np.array_equal(x.flatten(1).numpy() * 16, images[rows % 3 == 0])
+    assert np.array_equal(x_train.flatten(1).numpy() * 16, images[rows % 3 != 0])
+    assert y.tolist() == digits[rows % 3 == 0].tolist()
+    assert y_train.tolist() == digits[rows % 3 != 0].tolist()
+    assert (x.min(), x.max()) == (0, 1)
+
+
+def test_the_first_n_samples() -> None:
+    x, y = data.load("digits", n=7)
+    assert torch.equal(x, data.load("digits")[0][:7])
+    assert len(y) == 7
+
+
+@pytest.mark.parametrize("path", ["given", "exact", "first"])
+@pytest.mark.parametrize("colour", [False, True])
+def test_bytes_are_images_with_channels_first(folder: Path, path: str, colour: bool) -> None:
+    pixels = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+    pixels = pixels if colour else pixels[..., 0]
+    name = {"given": str(folder / "mine.npz"), "exact": "mine", "first": "mine"}[path]
+    file = {"given": "mine.npz", "exact": "data/mine_test.npz", "first": "data/mine_test_first2.npz"}[path]
+    np.savez(folder / file, x=pixels, y=np.array([3, 1], dtype=np.uint8))
+    x, y = data.load(name)
+    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+    assert y.tolist() == [3, 1]
+    assert x.shape == (2, 3 if colour else 1, 3, 4)
+    channel, row, column = (2, 1, 3) if colour else (0, 1, 3)
+    assert x[1, channel, row, column] * 255 == pytest.approx(pixels[(1, row, column, 2) if colour else (1, row, column)])
+
+
+def test_floats_are_taken_as_they_are(tmp_path: Path) -> None:
+    np.savez(tmp_path / "points.npz", x=np.array([[-1.5, 300.0]]), y=[0])
+    assert data.load(str(tmp_path / "points.npz"))[0].tolist() == [[-1.5, 300.0]]
+
+
+def test_the_whole_split_comes_before_its_beginning_and_the_longest_beginning_first(folder: Path) -> None:
+    for count, name in [(3, "mine_test_first3"), (12, "mine_test_first12"), (5, "mine_train"), (4, "mine_train_first4")]:
+        np.savez(folder / "data" / f"{name}.npz", x=np.zeros((count, 2)), y=np.zeros(count, dtype=int))
+    assert len(data.load("mine", "test")[0]) == 12
+    assert len(data.load("mine", "train")[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"split": "valid"}, "split='valid': 'test' or 'train'"),
+        ({"n": 0}, "n=0"),
+        ({"n": 2.0}, "n=2.0"),
+        ({"n": True}, "n=True"),
+        ({"n": 600}, "n=600: 'digits' holds 599 test samples"),
+    ],
+)
+def test_a_bad_argument_of_load_is_named(arguments: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        data.load("digits", **arguments)
+
+
+FILES = {"no y": {"x": np.zeros((2, 2))}, "lengths differ": {"x": np.zeros((2, 2)), "y": [0]}, "y is not whole": {"x": np.zeros((2, 2)), "y": [0.5, 1.0]}}
+
+
+@pytest.mark.parametrize("kind", [*FILES, "text", "truncated"])
+def test_a_file_of_another_kind_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "odd.npz"
+    if kind in FILES:
+        np.savez(path, **FILES[kind])
+    elif kind == "text":
+        path.write_text("hello")
+    else:
+        np.savez(path, x=np.zeros((2, 2)), y=[0, 1])
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"data='.*odd.npz'"):
+        data.load(str(path))
+
+
+def test_missing_data_says_which_variable_to_set(no_wda_data: None) -> None:
+    with pytest.raises(DataUnavailable, match=r"data='mnist'.*set the variable WDA_DATA .*data/mnist_test.npz"):
+        data.load("mnist")
+
+
+def test_missing_data_says_which_file_is_looked_for(folder: Path) -> None:
+    with pytest.raises(DataUnavailable, match=rf"data='mnist': neither {folder}/data/mnist_train.npz nor mnist_train_firstN"):
+        data.load("mnist", "train")
+    with pytest.raises(DataUnavailable, match="data='nowhere.npz': there is no such file"):
+        data.load("nowhere.npz")
+
+
+# -- bundled models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_model_is_as_accurate_as_its_card_says(name: str) -> None:
+    model, card = models.load(name), models.card(name)
+    assert not model.training
+    assert sum(p.numel() for p in model.parameters()) == card["parameters"]
+    for split, stated in card["accuracy_percent"].items():
+        assert percent_correct(model, split) == pytest.approx(stated, abs=0.2)  # rounding may turn one image of 599
+
+
+def test_the_bundled_models_are_available(no_wda_data: None) -> None:
+    assert models.available() == list(BUNDLED)
+
+
+def test_training_again_reproduces_the_card_within_half_a_point() -> None:
+    spec = importlib.util.spec_from_file_location("train_models", ROOT / "workflow" / "train_models.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    net = script.train("digits-mlp")
+    for split, stated in models.card("digits-mlp")["accuracy_percent"].items():
+        assert percent_correct(net, split) == pytest.approx(stated, abs=0.5)
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_wda_data: None) -> Path:
+    """A copy of the folder of bundled models, in its place."""
+    copy = shutil.copytree(models.bundled(), tmp_path / "copy")
+    monkeypatch.setattr(models, "bundled", lambda: copy)
+    return copy
+
+
+def test_damaged_weights_are_refused(copied: Path) -> None:
+    weights = copied / "digits-mlp.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model='digits-mlp': .*checksum .*its card states"):
+        models.load("digits-mlp")
+    models.load("digits-cnn")
+
+
+def test_missing_weights_are_named(copied: Path) -> None:
+    (copied / "digits-mlp.safetensors").unlink()
+    with pytest.raises(DataUnavailable, match=r"model='digits-mlp': its weights .*digits-mlp.safetensors are not there"):
+        models.load("digits-mlp")
+
+
+# -- stored models ---------------------------------------------------------------------------------------------------------
+
+
+class ByHand(nn.Module):
+    """What the layers below say, written out."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.w = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        f, w = nn.functional, self.w
+        x = (x - torch.tensor([0.1, 0.2]).view(2, 1, 1)) / torch.tensor([0.5, 2.0]).view(2, 1, 1)
+        x = f.relu(f.conv2d(x, w["c"], w["cb"], stride=2, padding=1))
+        x = f.max_pool2d(x, 2)
+        x = f.gelu(f.conv2d(x, w["r"], padding=1)) + x
+        return f.linear(f.softplus(torch.sigmoid(x)).flatten(1), w["l"], w["lb"])
+
+
+LAYERS = [
+    {"op": "conv2d", "weight": "c", "bias": "cb", "stride": 2, "padding": 1},
+    {"op": "relu"},
+    {"op": "maxpool2d", "size": 2},
+    {"op": "residual", "branch": [{"op": "conv2d", "weight": "r", "bias": None, "padding": 1}, {"op": "gelu"}], "shortcut": []},
+    {"op": "sigmoid"},
+    {"op": "softplus"},
+    {"op": "flatten"},
+    {"op": "linear", "weight": "l", "bias": "lb"},
+]  # fmt: skip
+INPUT = {"mean": [0.1, 0.2], "std": [0.5, 2.0]}
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {"c": (3, 2, 3, 3), "cb": (3,), "r": (3, 3, 3, 3), "l": (4, 12), "lb": (4,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_build_makes_the_network_that_the_layers_describe(weights: dict[str, Tensor]) -> None:
+    x = torch.rand(5, 2, 8, 8)
+    torch.testing.assert_close(models.build(LAYERS, weights, INPUT)(x), ByHand(weights)(x))
+
+
+def test_normalisation_is_only_there_where_it_does_something(weights: dict[str, Tensor]) -> None:
+    lengths = [len(models.build(LAYERS, weights, about)) for about in (None, {}, {"mean": [0, 0], "std": [1, 1]}, INPUT)]
+    assert lengths == [8, 8, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"), [({"op": "tanh"}, "op='tanh': one of"), ({"op": "linear", "weight": "v"}, "no tensor 'v'")]
+)
+def test_build_names_what_it_does_not_know(layer: dict[str, str], named: str, weights: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=named):
+        models.build([layer], weights)
+
+
+def test_a_model_under_wda_data_is_found_and_listed(folder: Path, weights: dict[str, Tensor]) -> None:
+    import hashlib
+
+    path = folder / "models" / "mine.npz"
+    np.savez(path, **{name: tensor.numpy() for name, tensor in weights.items()})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    card = {"layers": LAYERS, "input": INPUT, "weights_file": "mine.npz", "weights_sha256": digest}
+    path.with_suffix(".json").write_text(json.dumps(card))
+    x = torch.rand(5, 2, 8, 8)
+    torch.testing.assert_close(models.load("mine")(x), ByHand(weights)(x))
+    assert models.available() == [*BUNDLED, "mine"]
+
+
+def test_a_missing_model_says_what_is_there_and_where_others_go(no_wda_data: None) -> None:
+    with pytest.raises(DataUnavailable, match=r"model='resnet': at hand are digits-cnn, .*set the variable WDA_DATA"):
+        models.load("resnet")
+
+
+def test_a_missing_model_names_the_folder_that_was_searched(folder: Path) -> None:
+    with pytest.raises(DataUnavailable, match=f"model='resnet'.*{folder}/models"):
+        models.card("resnet")
+
+
+OWN = """
+from torch import nn
+def net(): return nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
+def number(): return 3
+def fails(): return nn.NoSuchLayer()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an importable module with functions of one's own."""
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_networks"
+
+
+def test_a_function_of_ones_own_gives_a_model_in_evaluation_mode(own: str) -> None:
+    model = models.load(f"{own}:net")
+    assert model[1].in_features == 2
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "named"),
+    [
+        ("number", ValueError, "own_networks:number' returns int: a torch.nn.Module is needed"),
+        ("absent", DataUnavailable, "own_networks:absent'.* no attribute 'absent'"),
+        ("fails", AttributeError, "NoSuchLayer"),
+    ],
+)
+def test_a_function_that_gives_no_model_is_named(own: str, function: str, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        models.load(f"{own}:{function}")
+
+
+def test_a_module_that_is_not_there_is_named() -> None:
+    with pytest.raises(DataUnavailable, match=r"model='no_such_module:net'.*PYTHONPATH"):
+        models.load("no_such_module:net")

@@ -1,0 +1,38 @@
+"""The README says what is true: its table is that of the records, its example runs, its parameters exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import papermill
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_table_is_that_of_the_records() -> None:
+    assert subprocess.run([sys.executable, ROOT / "workflow" / "readme.py", "--check"], check=False).returncode == 0
+
+
+def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "adv.npz").is_file()
+
+
+def test_commands_name_existing_targets_and_parameters() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z]+)", README, re.MULTILINE))
+    assert {"book", "test"} <= named <= targets
+    declared = papermill.inspect_notebook(str(ROOT / "notebooks" / "attack.ipynb")).keys()
+    assert set(re.findall(r"-p (\w+) ", README)) <= set(declared)
+
+
+def test_links_lead_to_files() -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link

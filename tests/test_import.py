@@ -8,7 +8,7 @@ from pathlib import Path
 
 import wda
 
-HEAVY = "robustbench torchvision cvxpy ot matplotlib autoattack pyautoattack sklearn pandas papermill safetensors IPython"
+HEAVY = "robustbench torchvision cvxpy ot matplotlib autoattack pyautoattack sklearn pandas papermill safetensors"
 
 
 def test_import_brings_in_no_optional_package() -> None:

@@ -32,7 +32,7 @@ def uniform(seed: int, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# -- norms and their duals -----------------------------------------------------------------------------------------
+# -- norms and their duals -------------------------------------------------------------------------------------------
 
 
 @each_norm
@@ -54,25 +54,25 @@ def test_the_exponents_of_dual_norms_are_conjugate(name: str) -> None:
 @pytest.mark.parametrize("function", [norms.exponent, norms.dual])
 @pytest.mark.parametrize("name", ["l2", None, 2, ["L2"]])
 def test_an_unknown_norm_is_named(function: object, name: object) -> None:
-    with pytest.raises(ValueError, match="norm=.*'Linf', 'L2', 'L1' is accepted"):
+    with pytest.raises(ValueError, match=r"norm=.*'Linf', 'L2', 'L1' is accepted"):
         function(name)
 
 
 @each_norm
 @each_float
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e3, 1e30])
-def test_dual_maximiser_has_norm_one_and_attains_the_dual_norm(name: str, dtype: torch.dtype, scale: float) -> None:
+@pytest.mark.parametrize("extreme", [None, "tiny", "max"])
+def test_dual_maximiser_has_norm_one_and_attains_the_dual_norm(
+    name: str, dtype: torch.dtype, extreme: str | None
+) -> None:
+    scale = 1.0 if extreme is None else getattr(torch.finfo(dtype), extreme) ** 0.75  # whose square is out of range
     g = (normal(1, 20, 3, 4) * scale).to(dtype)
-    if not g.isfinite().all() or not g.any():
-        pytest.skip(f"{scale} is outside the range of {dtype}")
     h = norms.dual_maximiser(g, name)
     tolerance = 20 * torch.finfo(dtype).eps
-    alive = g.flatten(1).any(1)
     assert h.dtype == dtype
     assert h.shape == g.shape
-    assert norms.norm(h.double(), name)[alive] == pytest.approx(1, abs=tolerance)
-    gain = (g.double() * h.double()).sum((1, 2))
-    assert gain == pytest.approx(norms.norm(g.double(), norms.dual(name)), rel=tolerance)
+    assert norms.norm(h.double(), name) == pytest.approx(1, abs=tolerance)
+    unit = g.double() / scale
+    assert (unit * h.double()).sum((1, 2)) == pytest.approx(norms.norm(unit, norms.dual(name)), rel=tolerance)
 
 
 @each_norm
@@ -94,8 +94,7 @@ def solve_qp(z: np.ndarray, a: np.ndarray, radius: float, name: str, box: tuple[
     xi = cp.Variable(len(z))
     ball = cp.norm(xi - a, {"Linf": "inf", "L2": 2, "L1": 1}[name]) <= radius
     within = [] if box is None else [xi >= box[0], xi <= box[1]]
-    tolerances = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-10)
-    cp.Problem(cp.Minimize(cp.sum_squares(xi - z)), [ball, *within]).solve(solver=cp.CLARABEL, **tolerances)
+    cp.Problem(cp.Minimize(cp.sum_squares(xi - z)), [ball, *within]).solve(solver=cp.CLARABEL)
     return xi.value
 
 
@@ -116,7 +115,7 @@ def hard_points(seed: int) -> tuple[Tensor, Tensor]:
 def test_project_agrees_with_a_qp_solver(name: str, radius: float, box: tuple[float, float] | None, seed: int) -> None:
     z, a = hard_points(seed)
     expected = [solve_qp(*pair, radius, name, box) for pair in zip(z.numpy(), a.numpy(), strict=True)]
-    assert norms.project(z, a, radius, name, box).numpy() == pytest.approx(np.array(expected), abs=2e-5)
+    assert norms.project(z, a, radius, name, box).numpy() == pytest.approx(np.array(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("Linf", 1.0), ("L2", math.sqrt(0.5)), ("L1", 0.5)])
@@ -195,7 +194,8 @@ def test_no_feasible_point_lies_further_towards_the_projected_one(
     """The variational inequality <z - xi, q - xi> <= 0 of a projection, at feasible q made by scaling and clipping."""
     z, a = pair
     xi = norms.project(z, a, radius, name, BOX)
-    push = torch.cat([z - a, z.flip(0) - a, torch.eye(z.shape[1], dtype=z.dtype), -torch.eye(z.shape[1], dtype=z.dtype)])
+    axes = torch.eye(z.shape[1], dtype=z.dtype)
+    push = torch.cat([z - a, z.flip(0) - a, axes, -axes])
     q = (a[:1] + radius * push / norms.norm(push, name).clamp(min=1e-300)[:, None]).clamp(*BOX)
     q = torch.cat([q, a[:1]])
     assert ((z - xi)[:, None] * (q - xi[:, None])).sum(2).max() <= 1e-10
@@ -211,6 +211,16 @@ def test_project_leaves_what_is_inside_and_zero_radius_leaves_the_anchor(
     inside = (0.999 * a + 0.001 * uniform(5, 8, 2, 3)).to(dtype)
     assert torch.equal(norms.project(inside, a, 1.0, name, box), inside)
     assert torch.equal(norms.project(a + normal(6, 8, 2, 3).to(dtype), a, 0.0, name, box), a)
+
+
+@each_norm
+@pytest.mark.parametrize("box", [None, BOX], ids=str)
+def test_project_of_points_within_rounding_of_the_sphere(name: str, box: tuple[float, float] | None) -> None:
+    """Sums in different orders disagree on whether such points are inside; either way they hardly move."""
+    a = 0.4 + 0.2 * uniform(13, 500, 64)
+    push = normal(14, 500, 64)
+    z = a + 0.1 * push / norms.norm(push, name)[:, None]
+    torch.testing.assert_close(norms.project(z, a, 0.1, name, box), z, rtol=0, atol=1e-14)
 
 
 @each_norm
@@ -234,7 +244,7 @@ def test_project_stays_in_a_box_that_its_dtype_cannot_represent(
     assert xi.max() <= box[1]
 
 
-# -- rounding ----------------------------------------------------------------------------------------------------------
+# -- rounding --------------------------------------------------------------------------------------------------------
 
 
 @each_norm
@@ -263,7 +273,7 @@ def test_round_inward_ends_inside_exactly_and_a_few_units_away(name: str, dtype:
 @each_float
 def test_round_inward_refuses_what_was_not_projected(name: str, dtype: torch.dtype) -> None:
     anchor = torch.zeros(1, 3, dtype=dtype)
-    with pytest.raises(ValueError, match="outside the ball of radius 0.5.*project them first"):
+    with pytest.raises(ValueError, match=r"outside the ball of radius 0.5.*project them first"):
         norms.round_inward(anchor + 2, anchor, 0.5, name)
 
 
@@ -279,16 +289,18 @@ def test_project_from_far_away_is_within_rounding_of_the_ball(name: str, dtype: 
     assert norms.norm(rounded.double() - anchor.double(), name).max() <= 1e-2
 
 
-# -- operator norms ------------------------------------------------------------------------------------------------------
+# -- operator norms --------------------------------------------------------------------------------------------------
 
 
 def vertices(n: int, name: str) -> np.ndarray:
     """The extreme points of the unit ball of Linf or L1, one a row."""
-    return np.array(list(itertools.product((-1, 1), repeat=n))) if name == "Linf" else np.vstack([np.eye(n), -np.eye(n)])
+    if name == "Linf":
+        return np.array(list(itertools.product((-1, 1), repeat=n)))
+    return np.vstack([np.eye(n), -np.eye(n)])
 
 
 def brute_operator_norm(a: np.ndarray, r: str, s: str) -> float:
-    """max v.Au over u in the r-ball and v in the dual s-ball: enumerated on a polytope's side, else a singular value."""
+    """max v.Au over u in the r-ball and v in the dual s-ball: enumerated over a polytope, else a singular value."""
     if r != "L2":
         return max(np.linalg.norm(a @ u, norms.exponent(s)) for u in vertices(a.shape[1], r))
     if s != "L2":
@@ -321,7 +333,9 @@ def test_operator_norm_of_known_matrices() -> None:
     assert norms.operator_norm(torch.ones(3, 20), "Linf", "L2") == pytest.approx(20 * math.sqrt(3))
 
 
-@pytest.mark.parametrize("matrix", [torch.zeros(3), torch.zeros(0, 3), torch.zeros(1, 2, 3)], ids=lambda m: str(m.shape))
+@pytest.mark.parametrize(
+    "matrix", [torch.zeros(3), torch.zeros(0, 3), torch.zeros(1, 2, 3)], ids=lambda m: str(m.shape)
+)
 def test_operator_norm_wants_a_matrix(matrix: Tensor) -> None:
     with pytest.raises(ValueError, match="matrix of shape"):
         norms.operator_norm(matrix, "L2", "L2")

@@ -32,7 +32,8 @@ def test_eps_becomes_a_float(given: object, eps: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "order"), [(1, 1.0), ("2", 2.0), ("3/2", 1.5), ("inf", math.inf), (" INF ", math.inf), (math.inf, math.inf)]
+    ("given", "order"),
+    [(1, 1.0), ("2", 2.0), ("3/2", 1.5), ("inf", math.inf), (" INF ", math.inf), (math.inf, math.inf)],
 )
 def test_order_becomes_a_float(given: object, order: float) -> None:
     assert Threat(order=given).order == order
@@ -45,7 +46,7 @@ def test_box_becomes_a_pair_of_floats(given: object, box: object) -> None:
 
 BAD = {
     "norm": ["linf", "L3", "", None, 2, math.inf, ["Linf"]],
-    "eps": [-1e-9, "-8/255", math.nan, "nan", math.inf, "inf", "8/0", "abc", "", "1e400", 10**400, True, None, [0.1], 1j],
+    "eps": [-1e-9, "-8/255", math.nan, "nan", math.inf, "inf", "8/0", "abc", "", "1e400", 10**400, True, None, [1], 1j],
     "order": [0.999, 0, -1, math.nan, "nan", -math.inf, "abc", "2/0", "1e400", True, None, (1,)],
     "box": [(1, 0), (0, 0), (0, math.nan), (math.nan, 1), (0, math.inf), (-math.inf, 0), (0, "a"),
             (0, None), (0,), (0, 1, 2), 1.0, "01", (False, True)],

@@ -28,7 +28,7 @@ def exact_cost(blocks: Sequence[Block], n: int, norm: str, order: float) -> floa
     norm : {"Linf", "L2", "L1"}
     order : float
     """
-    distances = [torch.cdist(start, end, p=exponent(norm)).numpy() for start, end, _ in blocks]
+    distances = [_distances(start, end, norm).numpy() for start, end, _ in blocks]
     scale = max(float(d.max()) for d in distances)
     if scale == 0:
         return 0.0
@@ -38,6 +38,11 @@ def exact_cost(blocks: Sequence[Block], n: int, norm: str, order: float) -> floa
     for d, (_, _, mass) in zip(distances, blocks, strict=True):
         total += _cost(mass, (d / scale) ** order) * len(d) / n
     return float(scale * max(total, 0.0) ** (1 / order))
+
+
+def _distances(start: Tensor, end: Tensor, norm: str) -> Tensor:
+    """All distances, (a, b); by differences, as torch's matrix product for many points loses half the digits."""
+    return torch.cdist(start, end, p=exponent(norm), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _cost(mass: NDArray[np.float64], cost: NDArray[np.float64]) -> float:

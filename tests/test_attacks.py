@@ -133,6 +133,14 @@ def test_only_the_margin_rule_depends_on_the_classifier_alone(
     assert adv.accuracy(planar()) == (0 if flips else 1)
 
 
+def test_a_proposal_that_is_not_followed_may_still_be_the_best_point() -> None:
+    """With a step of 1 the raw rule follows the wrong rival, but has evaluated the right one."""
+    x, y = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0])
+    options = {"rule": "logit", "steps": 1, "probe_steps": 1, "step_size": 1.0}
+    adv = attack("wda", planar(), x, y, Threat("L2", 1.0, order=math.inf, box=None), **options)
+    assert adv.x_adv[0].tolist() == pytest.approx([0, 1], abs=1e-9)
+
+
 # -- what must not matter --------------------------------------------------------------------------------------------
 
 
@@ -198,7 +206,8 @@ def test_the_random_start_depends_on_the_seed_alone() -> None:
 
 def test_without_a_random_start_the_seed_does_not_matter() -> None:
     model, x, y = affine(3)
-    runs = [attack("pgd", model, x, y, Threat(eps=0.01), random_start=False, seed=seed).x_adv for seed in (0, 1)]
+    options = {"steps": 1, "step_size": 1e-6, "random_start": False}
+    runs = [attack("pgd", model, x, y, Threat(eps=0.01), seed=seed, **options).x_adv for seed in (0, 1)]
     assert torch.equal(*runs)
 
 
@@ -329,6 +338,16 @@ def test_kappa_lengthens_the_moves_and_thins_the_mass(method: str, name: str, or
     assert adv.weight.tolist() == pytest.approx([2.5**-order] * len(x), rel=1e-15)
     assert adv.distances().numpy() == pytest.approx(2.5 * 0.001, rel=1e-9)
     assert 0.001 * (1 - 1e-9) < adv.audit() <= 0.001
+
+
+@pytest.mark.parametrize("kappa", [1.0, 1.1, 1.7, 3.0])
+@pytest.mark.parametrize("order", [1, 1.5, 2, 3])
+def test_a_budget_that_all_samples_spend_passes_the_audit(kappa: float, order: float) -> None:
+    """Sums and powers of float64 numbers round, the audit forgives nothing."""
+    model, x, y = affine(2)
+    for n in range(1, len(x) + 1):
+        for eps in (0.1, 8 / 255, 0.3):
+            attack("fgsm", model, x[:n], y[:n], Threat("Linf", eps, order, box=None), kappa=kappa).audit()
 
 
 @each_attack

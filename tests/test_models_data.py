@@ -202,14 +202,14 @@ class ByHand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f, w = nn.functional, self.w
         x = (x - torch.tensor([0.1, 0.2]).view(2, 1, 1)) / torch.tensor([0.5, 2.0]).view(2, 1, 1)
-        x = f.relu(f.conv2d(x, w["c"], w["cb"], stride=2, padding=1))
+        x = f.relu(f.conv2d(x, w["c"], w["cb"], stride=2, padding=2))
         x = f.max_pool2d(x, 2)
         x = f.gelu(f.conv2d(x, w["r"], padding=1)) + x
         return f.linear(f.softplus(torch.sigmoid(x)).flatten(1), w["l"], w["lb"])
 
 
 LAYERS = [
-    {"op": "conv2d", "weight": "c", "bias": "cb", "stride": 2, "padding": 1},
+    {"op": "conv2d", "weight": "c", "bias": "cb", "stride": 2, "padding": 2},
     {"op": "relu"},
     {"op": "maxpool2d", "size": 2},
     {"op": "residual", "shortcut": [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -106,13 +107,18 @@ def _find(name: str, split: str) -> Path:
 
 
 def _from_file(path: Path) -> tuple[Tensor, Tensor]:
-    with np.load(path, allow_pickle=False) as arrays:
-        if missing := {"x", "y"} - set(arrays.files):
-            raise ValueError(
-                f"data={str(path)!r} has no array {' and no array '.join(sorted(missing))}: "
-                "x (N, ...) and y (N,) are needed"
-            )
-        x, y = arrays["x"], arrays["y"]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in ("x", "y") if name in arrays}
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data={str(path)!r} is no .npz file with arrays x and y: {error}") from error
+    if missing := {"x", "y"} - found.keys():
+        raise ValueError(f"data={str(path)!r} has no array {' and no array '.join(sorted(missing))}: both are needed")
+    x, y = found["x"], found["y"]
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+        raise ValueError(
+            f"data={str(path)!r}: y is {y.shape} {y.dtype} for x of shape {x.shape}; one integer for each is needed"
+        )
     if x.dtype == np.uint8:
         x = x[:, None] if x.ndim == 3 else np.moveaxis(x, -1, 1)
         x = x.astype(np.float32) / 255

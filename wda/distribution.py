@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +99,10 @@ class AdversarialDistribution:
         if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or x_adv.dtype != x.dtype:
             given = f"{tuple(x_adv.shape)} {x_adv.dtype}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
             raise ValueError(f"x_adv is {given}: a tensor like x, {tuple(x.shape)} {x.dtype}, is accepted")
-        share = torch.as_tensor(weight, dtype=torch.float64, device=x.device).expand(len(x))
+        try:
+            share = torch.as_tensor(weight, dtype=torch.float64, device=x.device).expand(len(x))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"weight={weight!r}: a number or {len(x)} numbers in [0, 1] are accepted") from error
         if not bool(((share >= 0) & (share <= 1)).all()):
             raise ValueError(f"weight={weight}: numbers in [0, 1] are accepted")
         moves = (share > 0) & (x_adv != x).flatten(1).any(1)
@@ -274,7 +279,7 @@ class AdversarialDistribution:
         self._audit_box(threat)
         self._audit_mass()
         cost = self.transport_cost(threat.order)
-        if cost > threat.eps:
+        if not cost <= threat.eps:
             d = self.distances()
             share = d if math.isinf(threat.order) else self.moved_mass * (d / d.max()) ** threat.order
             worst = int(share.argmax())
@@ -300,7 +305,7 @@ class AdversarialDistribution:
 
     def _audit_mass(self) -> None:
         worst = int(self._stayed.argmin())
-        if self._stayed[worst] < 0 or (self.moved_mass < 0).any():
+        if not self._stayed[worst] >= 0 or (self.moved_mass < 0).any():
             raise BudgetExceeded(
                 f"sample {worst} gives away more than its mass 1/{len(self.x)}, by {-float(self._stayed[worst]):.3g}"
             )
@@ -335,13 +340,13 @@ class AdversarialDistribution:
             with np.load(Path(path), allow_pickle=False) as arrays:
                 about = json.loads(str(arrays["about"]))
                 tensors = {name: torch.from_numpy(arrays[name]) for name in _ARRAYS}
-        except (KeyError, ValueError, OSError) as error:
+            for name in ("x", "moved"):
+                tensors[name] = tensors[name].to(getattr(torch, about["dtype"]))
+            return cls(threat=Threat(**about["threat"]), counts=Counts(**about["counts"]), **tensors)
+        except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             raise ValueError(f"path={str(path)!r} is no saved AdversarialDistribution: {error}") from error
-        for name in ("x", "moved"):
-            tensors[name] = tensors[name].to(getattr(torch, about["dtype"]))
-        return cls(threat=Threat(**about["threat"]), counts=Counts(**about["counts"]), **tensors)
 
 
 _ARRAYS = ("x", "labels", "moved", "moved_mass", "moved_source")

@@ -81,7 +81,7 @@ def run(
 
     Raises
     ------
-    ValueError, TypeError, wda.DataUnavailable, OSError
+    ValueError, TypeError, DataUnavailable, OSError
         The message names the argument, its value and what is accepted.
     """
     threat = Threat(norm, eps, order)  # type: ignore[arg-type]

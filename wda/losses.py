@@ -89,8 +89,13 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     >>> dlr(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1]))
     tensor([-0.5000])
     """
+    return _ratio(logits, y, "dlr")
+
+
+def _ratio(logits: Tensor, y: Tensor, name: str) -> Tensor:
+    """The difference of logits ratio; `name` is for the error."""
     if logits.shape[1] < 3:
-        raise ValueError(f"loss='dlr' needs K >= 3 classes, the model has {logits.shape[1]}: use 'margin'")
+        raise ValueError(f"loss={name!r} needs K >= 3 classes, the model has {logits.shape[1]}: use 'margin'")
     top = logits.topk(3, dim=1).values
     spread = top[:, 0] - top[:, 2]
     return margin(logits, y) / torch.where(spread > 0, spread, 1)
@@ -106,7 +111,8 @@ def redlr(logits: Tensor, y: Tensor) -> Tensor:
     >>> redlr(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([0]))
     tensor([0.])
     """
-    return dlr(logits, y).clamp(max=0)
+    value = _ratio(logits, y, "redlr")
+    return torch.where(value < 0, value, 0)
 
 
 _LOSSES: dict[str, Loss] = {"ce": ce, "margin": margin, "dlr": dlr, "redlr": redlr}

@@ -123,8 +123,8 @@ def build(
     Examples
     --------
     >>> net = build([{"op": "flatten"}, {"op": "linear", "weight": "w"}], {"w": torch.eye(2)})
-    >>> net(torch.ones(1, 2, 1))
-    tensor([[1., 1.]])
+    >>> net(torch.ones(1, 2, 1)).tolist()
+    [[1.0, 1.0]]
     """
     modules = [_module(layer, weights) for layer in layers]
     about = about_input or {}
@@ -219,11 +219,12 @@ def _card_path(name: str) -> Path:
 def _from_function(name: str) -> nn.Module:
     module, _, function = name.partition(":")
     try:
-        model = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise DataUnavailable(
             f"model={name!r}: {error}; the module must be importable from here (its folder on PYTHONPATH)"
         ) from error
+    model = make()
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={name!r} returns {type(model).__name__}: a torch.nn.Module is needed")
     return model.eval()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "clamp",
     "dual",
     "dual_maximiser",
     "exponent",
@@ -100,7 +101,7 @@ def dual_maximiser(g: Tensor, name: str) -> Tensor:
     Examples
     --------
     >>> dual_maximiser(torch.tensor([[3.0, -4.0]]), "L1")
-    tensor([[0., -1.]])
+    tensor([[ 0., -1.]])
     """
     r = exponent(name)
     if r == math.inf:
@@ -110,7 +111,9 @@ def dual_maximiser(g: Tensor, name: str) -> Tensor:
     if r == 1:
         return torch.zeros_like(flat).scatter(1, at, flat.gather(1, at).sign()).view_as(g)
     scaled = flat / torch.where(largest > 0, largest, 1)
-    return torch.nn.functional.normalize(scaled, dim=1).view_as(g)
+    # the largest entry of `scaled` is 1 in size, so its norm is at least 1 where g != 0
+    length: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return (scaled / length.clamp(min=1)).view_as(g)
 
 
 def project(
@@ -169,7 +172,35 @@ def project(
         capped[outside] = solve(length[outside], room[outside], limit[outside])
     result = (anchor64 + capped * delta.sign()).view_as(points).to(points.dtype)
     # adding the anchor rounds: it may leave the box by one unit in the last place
-    return result if box is None else result.clamp(*box)
+    return clamp(result, box)
+
+
+def clamp(points: Tensor, box: tuple[float, float] | None) -> Tensor:
+    """The nearest points within the box, whose bounds are rounded inward to the dtype of `points`.
+
+    Parameters
+    ----------
+    points : Tensor, shape (N, ...)
+    box : (float, float) or None
+        None leaves the points as they are.
+
+    Returns
+    -------
+    Tensor, shape (N, ...)
+
+    Examples
+    --------
+    >>> bool(clamp(torch.tensor([2.0]), (0.0, 1.3)).double() <= 1.3)
+    True
+    """
+    if box is None:
+        return points
+    low, high = (torch.tensor(side, dtype=points.dtype, device=points.device) for side in box)
+    if low.double() < box[0]:
+        low = torch.nextafter(low, torch.full_like(low, math.inf))
+    if high.double() > box[1]:
+        high = torch.nextafter(high, torch.full_like(high, -math.inf))
+    return points.clamp(low, high)
 
 
 def _shrink_l2(length: Tensor, room: Tensor, limit: Tensor) -> Tensor:
@@ -199,9 +230,12 @@ def _shrink_l1(length: Tensor, room: Tensor, limit: Tensor) -> Tensor:
     drop = slope[:, :-1] * events.diff(dim=1)
     total = length.minimum(room).sum(1, keepdim=True)
     value = total - torch.nn.functional.pad(drop.cumsum(1), (1, 0))
-    at = (value > limit).sum(1, keepdim=True) - 1
+    at = ((value > limit).sum(1, keepdim=True) - 1).clamp(min=0)
     t = events.gather(1, at) + (value.gather(1, at) - limit) / slope.gather(1, at).clamp(min=1)
-    return (length - t).clamp(min=0).minimum(room)
+    shrunk = (length - t).clamp(min=0).minimum(room)
+    # t has the rounding error of the longest length: restore the sum to that of `limit`
+    total = shrunk.sum(1, keepdim=True)
+    return torch.where(total > limit, shrunk * (limit / total), shrunk)
 
 
 def _exclusive_cumsum(v: Tensor) -> Tensor:

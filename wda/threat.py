@@ -66,7 +66,7 @@ def _number(name: str, value: object, accepted: str) -> float:
             return math.inf if value.strip().lower() == "inf" else float(Fraction(value.strip()))
         if isinstance(value, Real) and not isinstance(value, bool):
             return float(value)
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{name}={value!r}: {accepted} is accepted") from error
     raise TypeError(f"{name}={value!r}: {accepted} is accepted")
 

@@ -133,7 +133,7 @@ def attack(
     if not isinstance(threat, Threat):
         raise TypeError(f"threat={threat!r}: a wda.Threat is accepted")
     kappa = check_kappa(kappa, threat.order)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed!r}: a whole number >= 0 is accepted")
     check_batch_size(batch_size)
     y = check_sample(x, y, threat.box)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wda.attacks.search import check_count, top_rivals
 from wda.losses import margin
-from wda.norms import dual, dual_maximiser, norm
+from wda.norms import clamp, dual, dual_maximiser, norm
 from wda.passes import Oracle
 from wda.threat import Threat
 
@@ -59,10 +59,10 @@ def deepfool(
     for _ in range(steps):
         if not len(active):
             break
-        walk[active] = _within(
-            walk[active] + _step(oracle, walk[active], y[active], candidates[active], ball.norm), ball
+        walk[active] = clamp(
+            walk[active] + _step(oracle, walk[active], y[active], candidates[active], ball.norm), ball.box
         )
-        ahead = _within(x[active] + (1 + overshoot) * (walk[active] - x[active]), ball)
+        ahead = clamp(x[active] + (1 + overshoot) * (walk[active] - x[active]), ball.box)
         result[active] = ahead
         active = active[margin(oracle.logits(ahead), y[active]) < 0]
     return result
@@ -79,7 +79,3 @@ def _step(oracle: Oracle, x: Tensor, y: Tensor, rivals: Tensor, name: str) -> Te
     chosen = gradients[torch.arange(len(x), device=x.device), nearest]
     length = torch.where(length.isfinite(), length, 0)
     return length.view(-1, *[1] * (x.ndim - 1)) * dual_maximiser(chosen, name)
-
-
-def _within(points: Tensor, ball: Threat) -> Tensor:
-    return points if ball.box is None else points.clamp(*ball.box)

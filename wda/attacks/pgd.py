@@ -48,6 +48,8 @@ def pgd(
         The iterate of largest margin, the sample itself among them.
     """
     lengths = step_lengths(check_count("steps", steps), ball.eps, step_size)
+    if not isinstance(random_start, bool):
+        raise TypeError(f"random_start={random_start!r}: True or False is accepted")
     value = losses.get(loss)
     best = Best(x, oracle.logits(x), y)
     point = uniform_start(x, ball, seed) if random_start else x

@@ -392,8 +392,52 @@ def test_no_budget_moves_nothing(method: str, kappa: float, name: str) -> None:
 @each_attack
 def test_a_model_that_ignores_its_input_breaks_nothing(method: str) -> None:
     _, x, y = affine(3)
-    adv = attack(method, lambda z: torch.ones(len(z), 3, dtype=z.dtype), x, y, Threat(eps=0.1))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()
+    nn.init.zeros_(model[1].weight)
+    nn.init.uniform_(model[1].bias)
+    adv = attack(method, model, x, y, Threat(eps=0.1))
     assert adv.audit() <= 0.1
+    assert adv.counts.vanished == (1 if adv.counts.backward else 0)
+
+
+@pytest.mark.parametrize("method", ["fgsm", "pgd", "wda", "deepfool"])
+def test_a_model_without_a_gradient_is_an_error_and_no_robust_model(method: str) -> None:
+    model, x, y = affine(3)
+    with pytest.raises(ValueError, match="carries no gradient"):
+        attack(method, lambda z: model(z.detach()).detach(), x, y, Threat(eps=0.1))
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        attack(method, model, x, y, Threat(eps=0.1))
+
+
+@each_attack
+def test_a_model_that_changes_its_input_in_place_harms_nobody(method: str) -> None:
+    inner, x, y = affine(3)
+    before = x.clone()
+
+    def model(z: Tensor) -> Tensor:
+        return inner(z.sub_(0.5))
+
+    adv = attack(method, model, x, y, Threat("Linf", 0.1))
+    assert torch.equal(x, before)
+    torch.testing.assert_close(adv.x_adv, attack(method, lambda z: inner(z - 0.5), x, y, Threat("Linf", 0.1)).x_adv)
+
+
+@pytest.mark.parametrize("method", ["fgsm", "pgd", "wda"])
+@pytest.mark.parametrize("name", ["L1", "L2"])
+def test_a_step_goes_where_the_box_leaves_room(method: str, name: str) -> None:
+    """The steepest coordinate is stuck at the box; the next one has room, and reaches the boundary."""
+    model = nn.Linear(2, 2).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, 0.0], [3.0, 1.0]]))
+        model.bias.copy_(torch.tensor([0.0, -3.5]))
+    x, y = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0])
+    threat = Threat(name, 0.8, order=math.inf)
+    options = {} if method == "fgsm" else {"steps": 3}
+    if method == "wda":
+        options["probe_steps"] = 1
+    adv = attack(method, model, x, y, threat, **options)
+    torch.testing.assert_close(adv.x_adv, torch.tensor([[1.0, 0.8]], dtype=torch.float64))
+    assert adv.accuracy(model) == 0
 
 
 @pytest.mark.parametrize("method", ["fgsm", "pgd"])
@@ -487,8 +531,9 @@ BAD = [
     ("fgsm", {"kappa": 0.99}, ValueError, "kappa=0.99"),
     ("fgsm", {"kappa": math.nan}, ValueError, "kappa=nan"),
     ("fgsm", {"kappa": math.inf}, ValueError, "kappa=inf"),
-    ("fgsm", {"kappa": "2"}, ValueError, "kappa='2'"),
-    ("fgsm", {"kappa": True}, ValueError, "kappa=True"),
+    ("fgsm", {"kappa": "two"}, ValueError, "kappa='two'"),
+    ("fgsm", {"kappa": True}, TypeError, "kappa=True"),
+    ("fgsm", {"kappa": 2, "threat": Threat(order=1060)}, ValueError, "kappa=2.0 with order=1060"),
     ("fgsm", {"kappa": 2, "threat": INF}, ValueError, "kappa=2 with order=inf"),
     ("fgsm", {"seed": -1}, ValueError, "seed=-1"),
     ("fgsm", {"seed": 1.0}, ValueError, "seed=1.0"),
@@ -496,7 +541,7 @@ BAD = [
     ("fgsm", {"batch_size": 0}, ValueError, "batch_size=0"),
     ("fgsm", {"batch_size": 2.5}, ValueError, "batch_size=2.5"),
     ("fgsm", {"batch_size": True}, ValueError, "batch_size=True"),
-    ("fgsm", {"steps": 5}, TypeError, "steps=5: attack 'fgsm' accepts kappa, seed, loss"),
+    ("fgsm", {"steps": 5}, TypeError, "steps=5: attack 'fgsm' accepts kappa, seed, batch_size, progress, loss"),
     ("wda", {"loss": "ce"}, TypeError, "loss='ce': attack 'wda' accepts"),
     ("wda", {"probe": 3}, TypeError, "probe=3: attack 'wda' accepts"),
     ("fgsm", {"loss": "hinge"}, ValueError, "loss='hinge'"),
@@ -509,19 +554,19 @@ BAD = [
     ("pgd", {"step_size": 0}, ValueError, "step_size=0"),
     ("pgd", {"step_size": math.nan}, ValueError, "step_size=nan"),
     ("pgd", {"step_size": math.inf}, ValueError, "step_size=inf"),
-    ("pgd", {"step_size": "2/255"}, ValueError, "step_size='2/255'"),
+    ("pgd", {"step_size": "2/0"}, ValueError, "step_size='2/0'"),
     ("pgd", {"random_start": "no"}, (ValueError, TypeError), "random_start='no'"),
     ("wda", {"steps": -1}, ValueError, "steps=-1"),
     ("wda", {"probe_steps": 0}, ValueError, "probe_steps=0"),
-    ("wda", {"probe_steps": 21}, ValueError, "probe_steps=21: .*from 1 to steps=20"),
+    ("wda", {"probe_steps": 21}, ValueError, "probe_steps=21: .*from 1 to 20"),
     ("wda", {"step_size": -0.1}, ValueError, "step_size=-0.1"),
     ("wda", {"rivals": 0}, ValueError, "rivals=0"),
-    ("wda", {"rivals": 3}, ValueError, "rivals=3: .*from 1 to K-1=2"),
+    ("wda", {"rivals": 3}, ValueError, "rivals=3: .*from 1 to 2"),
     ("wda", {"rule": "softmax"}, ValueError, "rule='softmax'"),
     ("deepfool", {"steps": 0}, ValueError, "steps=0"),
     ("deepfool", {"overshoot": -0.1}, ValueError, "overshoot=-0.1"),
     ("deepfool", {"overshoot": math.nan}, ValueError, "overshoot=nan"),
-    ("deepfool", {"overshoot": "0.1"}, ValueError, "overshoot='0.1'"),
+    ("deepfool", {"overshoot": "much"}, ValueError, "overshoot='much'"),
     ("deepfool", {"rivals": 3}, ValueError, "rivals=3"),
     ("FGSM", {}, ValueError, "attack='FGSM': one of 'fgsm', 'pgd', 'deepfool', 'wda' is accepted"),
     (None, {}, ValueError, "attack=None"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
+from scipy.optimize import linear_sum_assignment, linprog
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
@@ -306,7 +306,7 @@ def test_audit_in_another_ball() -> None:
 @pytest.mark.parametrize("outside", [math.nextafter(1, 2), -5e-324])
 def test_audit_of_the_box_has_no_tolerance(outside: float) -> None:
     adv = from_points(column(0.5, 0.5), column(0.6, outside), labels(0, 0), Threat(eps=1.0))
-    with pytest.raises(BudgetExceeded, match=r"moved from sample 1 leaves box=\(0.0, 1.0\) by"):
+    with pytest.raises(BudgetExceeded, match=r"atom from sample 1 leaves box=\(0.0, 1.0\) by"):
         adv.audit()
 
 
@@ -400,3 +400,29 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"the folder .*file cannot be written"):
         random_distribution(0).save(tmp_path / "file" / "adv.npz")
+
+
+# -- high orders and small masses ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 4.5, 5, 10, 20, 50])
+@pytest.mark.parametrize("seed", range(4))
+def test_high_orders_agree_with_an_assignment_solver(order: float, seed: int) -> None:
+    """Equal masses make transport an assignment, which SciPy solves on its own."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(12, 2, generator=generator, dtype=torch.float64)
+    moved = x + 0.05 * torch.randn(12, 2, generator=generator, dtype=torch.float64)
+    adv = AdversarialDistribution.from_points(x, moved, torch.zeros(12, dtype=torch.int64), Threat("L2", 1, box=None))
+    cost = torch.cdist(x, moved, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    scale = adv.distances().max().item()
+    rows, columns = linear_sum_assignment((cost / scale) ** order)
+    best = scale * ((cost[rows, columns] / scale) ** order).mean() ** (1 / order)
+    assert adv.wasserstein(order) == pytest.approx(best, rel=1e-9)
+    assert adv.wasserstein(order) <= adv.transport_cost(order)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-6, 1e-12, 2.0**-50])
+def test_a_small_mass_counts_in_the_bottleneck(weight: float) -> None:
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    adv = AdversarialDistribution.from_points(x, x + 0.5, torch.zeros(1, dtype=torch.int64), Threat("Linf", 1), weight)
+    assert adv.wasserstein(math.inf) == 0.5

@@ -29,15 +29,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_records_state_everything_needed_to_read_them(folder: Path) -> None:
     records = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
-    assert [(r["parameters"]["attack"], r["parameters"]["kappa"]) for r in records] == [
-        ("fgsm", 1),
-        ("wda", 1),
-        ("wda", 2),
-    ]
+    names = [(r["parameters"]["attack"], r["parameters"]["kappa"]) for r in records]
+    assert names == [("fgsm", 1), ("wda", 1), ("wda", 2)]
     for record in records:
         assert record["transport_cost"] <= record["parameters"]["eps"]
         assert record["accuracy_interval"][0] <= record["accuracy"] <= record["accuracy_interval"][1]
         assert record["passes"]["backward"] > 0
+        assert record["parameters"]["options"] == wda.attacks.options(record["parameters"]["attack"])
+        assert record["risk_ce_interval"][0] < record["risk_ce"] < record["risk_ce_interval"][1]
         assert {"wda", "commit", "python", "torch", "cpu", "threads", "gpu"} == record["provenance"].keys()
 
 
@@ -66,6 +65,17 @@ def test_table_and_costs_hold_the_records(folder: Path) -> None:
     assert f"{100 * two:.1f}" in experiment.costs(results).accuracy.tolist()
 
 
+def test_table_names_what_differs_and_never_averages(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    experiment.run(n=10, attacks=["fgsm"], output=tmp_path)
+    results = experiment.read(tmp_path)
+    table = experiment.table(results)
+    assert table.index.names == ["n", "model", "threat"]
+    for n in (10, 40):
+        one = results[(results.attack == "fgsm") & (results.n == n)]
+        assert table.loc[(n, "digits-mlp", "W1 Linf 0.1"), "fgsm"] == pytest.approx(100 * one.accuracy.item())
+
+
 def test_a_rerun_gives_the_same_record_but_for_seconds(folder: Path, tmp_path: Path) -> None:
     experiment.run(n=40, attacks=["fgsm", "wda"], kappas=[1, 2], output=tmp_path, batch_size=7)
     for path in folder.iterdir():
@@ -83,6 +93,13 @@ def test_a_rerun_gives_the_same_record_but_for_seconds(folder: Path, tmp_path: P
         ({"attacks": ["wda", "nonsense"]}, ValueError, "attack='nonsense'"),
         ({"attacks": "wda"}, ValueError, "attacks='wda'"),
         ({"attacks": []}, ValueError, r"attacks=\[\]"),
+        ({"attacks": 3}, ValueError, "attacks=3"),
+        ({"kappas": 2}, ValueError, "kappas=2"),
+        ({"batch_size": 0}, ValueError, "batch_size=0"),
+        ({"seed": -1}, ValueError, "seed=-1"),
+        ({"device": "abacus"}, ValueError, "device='abacus'"),
+        ({"data": 3}, TypeError, "data=3"),
+        ({"model": 3}, TypeError, "model=3"),
         ({"kappas": [1, 0.5]}, ValueError, "kappa=0.5"),
         ({"kappas": [2], "order": "inf"}, ValueError, "kappa=2"),
         ({"eps": "8/0"}, ValueError, "eps='8/0'"),
@@ -139,7 +156,7 @@ def test_interval_is_that_of_scipy_on_counts() -> None:
 
 
 def test_runner_refuses_an_undeclared_parameter(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"kapas=.*kappas"):
+    with pytest.raises(TypeError, match=r"'kapas'.*kappas"):
         experiment.run_notebook(NOTEBOOK, tmp_path / "out.ipynb", kapas=[1])
     assert not list(tmp_path.iterdir())
 
@@ -155,9 +172,22 @@ def test_command_line_runs_a_notebook_with_parameters(tmp_path: Path, capsys: py
     assert (tmp_path / "out.ipynb").is_file()
 
 
+def test_a_sample_that_does_not_fit_is_found_before_the_first_pass(tmp_path: Path) -> None:
+    import numpy as np
+
+    np.savez(tmp_path / "bad.npz", x=np.full((2, 1, 8, 8), np.nan, dtype=np.float32), y=np.array([1, 2]))
+    with pytest.raises(ValueError, match="x has NaN"):
+        experiment.run(data=str(tmp_path / "bad.npz"), output=tmp_path / "out")
+    np.savez(tmp_path / "bad.npz", x=np.zeros((2, 1, 8, 8), dtype=np.float32), y=np.array([1, 12]))
+    with pytest.raises(ValueError, match="y has the label 12"):
+        experiment.run(data=str(tmp_path / "bad.npz"), output=tmp_path / "out")
+    assert not list(tmp_path.rglob("*.json"))
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
+        (["run", str(ROOT / "README.md")], 2, "is no notebook"),
         (["run", str(NOTEBOOK), "-p", "kapas", "1"], 2, "kapas"),
         (["run", "missing.ipynb"], 2, "missing.ipynb"),
         (["run", str(NOTEBOOK), "-p", "eps", "-1"], 1, "eps=-1"),

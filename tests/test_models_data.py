@@ -93,7 +93,7 @@ def test_the_whole_split_comes_before_its_beginning_and_the_longest_beginning_fi
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"split": "valid"}, "split='valid': 'test' or 'train'"),
+        ({"split": "valid"}, "split='valid': one of 'test', 'train'"),
         ({"n": 0}, "n=0"),
         ({"n": 2.0}, "n=2.0"),
         ({"n": True}, "n=True"),

@@ -347,3 +347,33 @@ def test_operator_norm_refuses_what_it_cannot_enumerate() -> None:
         norms.operator_norm(wide, "Linf", "L1")
     assert norms.operator_norm(wide[:2], "Linf", "L1") == 42  # the short side is enumerated
     assert norms.operator_norm(wide, "L1", "Linf") == 1  # no signs needed
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_round_inward_works_where_the_point_comes_near_zero(name: str, dtype: torch.dtype) -> None:
+    """There a unit in the last place of the point is far less than one of the distance."""
+    grid = torch.cartesian_prod(torch.arange(1, 17), torch.arange(1, 17)).to(torch.float64) / 16
+    anchor = grid.to(dtype)
+    radius = norms.norm(anchor.double(), name) * (1 - 2.0**-53)
+    inside = norms.round_inward(torch.zeros_like(anchor), anchor, radius, name)
+    assert (norms.norm(inside.double() - anchor.double(), name) <= radius).all()
+    assert ((inside >= 0) & (inside <= anchor)).all()
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+@pytest.mark.parametrize("name", NORMS)
+def test_projection_neither_overflows_nor_vanishes(name: str, scale: float) -> None:
+    point = torch.tensor([[3.0, -4.0]], dtype=torch.float64)
+    expected = norms.project(point, torch.zeros_like(point), 1.0, name) * scale
+    projected = norms.project(point * scale, torch.zeros_like(point), scale, name)
+    torch.testing.assert_close(projected / scale, expected / scale, rtol=1e-12, atol=0)
+
+
+def test_a_projection_without_an_answer_is_an_error() -> None:
+    point = torch.zeros(1, 2)
+    for radius in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="radius"):
+            norms.project(point, point, radius, "L1")
+    with pytest.raises(ValueError, match="anchor leaves box"):
+        norms.project(point + 1, point - 1, 1.0, "L2", (0.0, 1.0))

@@ -29,15 +29,27 @@ def exact_cost(blocks: Sequence[Block], n: int, norm: str, order: float) -> floa
     order : float
     """
     distances = [_distances(start, end, norm).numpy() for start, end, _ in blocks]
-    scale = max(float(d.max()) for d in distances)
+    masses = [mass / mass.sum() for _, _, mass in blocks]
+    if math.isinf(order):
+        return max(_bottleneck(d, mass) for d, mass in zip(distances, masses, strict=True))
+    # high powers of distances spread over more digits than the solver has: relative to the bottleneck, what an optimal
+    # plan uses stays in sight; what exceeds 1/flow no plan can afford, and is cut there
+    if order > _HIGH:
+        scale = max(_bottleneck(d, mass) for d, mass in zip(distances, masses, strict=True))
+    else:
+        scale = max(float(d.max()) for d in distances)
     if scale == 0:
         return 0.0
-    if math.isinf(order):
-        return max(_bottleneck(d, mass) for d, (_, _, mass) in zip(distances, blocks, strict=True))
     total = 0.0
-    for d, (_, _, mass) in zip(distances, blocks, strict=True):
-        total += _cost(mass, (d / scale) ** order) * len(d) / n
+    for d, mass in zip(distances, masses, strict=True):
+        with np.errstate(over="ignore"):
+            power = (d / scale) ** order
+        limit = 2 / min(1 / len(d), mass[mass > 0].min()) + 1
+        total += _cost(mass, np.minimum(power, limit)) * len(d) / n
     return float(scale * max(total, 0.0) ** (1 / order))
+
+
+_HIGH = 4.0
 
 
 def _distances(start: Tensor, end: Tensor, norm: str) -> Tensor:
@@ -46,11 +58,10 @@ def _distances(start: Tensor, end: Tensor, norm: str) -> Tensor:
 
 
 def _cost(mass: NDArray[np.float64], cost: NDArray[np.float64]) -> float:
-    """The least mean cost of moving equal masses on the rows to `mass` on the columns, both scaled to one."""
+    """The least mean cost of moving equal masses on the rows to `mass` on the columns, each of sum one."""
     import ot
 
-    # POT holds both marginals to the same sum exactly; its own warning (a failed solve) is an error here
-    plan, log = ot.emd(ot.unif(len(cost)), mass / mass.sum(), cost, numItermax=10_000_000, log=True)
+    plan, log = ot.emd(ot.unif(len(cost)), mass, cost, numItermax=10_000_000, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"optimal transport did not finish: {log['warning']}")
     return float((plan * cost).sum())
@@ -59,11 +70,12 @@ def _cost(mass: NDArray[np.float64], cost: NDArray[np.float64]) -> float:
 def _bottleneck(distance: NDArray[np.float64], mass: NDArray[np.float64]) -> float:
     """The smallest t such that a plan moves nothing further than t, by bisection over the distances that occur."""
     levels = np.unique(distance)
+    # masses carry rounding errors of 1e-16 each; a plan that leaves less than this outside counts as one with none
+    negligible = min(1e-12, mass[mass > 0].min() / 2)
     low, high = 0, len(levels) - 1
     while low < high:
         middle = (low + high) // 2
-        # masses carry rounding errors of 1e-16 each: a plan with less than 1e-12 outside counts as one with none
-        if _cost(mass, (distance > levels[middle]).astype(float)) <= 1e-12:
+        if _cost(mass, (distance > levels[middle]).astype(float)) <= negligible:
             high = middle
         else:
             low = middle + 1

@@ -39,17 +39,23 @@ def _run(options: argparse.Namespace) -> int:
     try:
         from papermill.exceptions import PapermillExecutionError
 
-        from wda.experiment import run_notebook
+        from wda.experiment import check_parameters, run_notebook
     except ImportError as error:
         print(f"wda run: {error}; pip install 'wda[notebooks]'", file=sys.stderr)
         return 1
+    parameters = {name: _value(text) for name, text in options.p}
     out = options.output or str(Path("results") / Path(options.notebook).name)
     try:
-        run_notebook(options.notebook, out, **{name: _value(text) for name, text in options.p})
+        check_parameters(options.notebook, parameters)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"wda run: {error}", file=sys.stderr)
+        return 2
+    try:
+        run_notebook(options.notebook, out, **parameters)
     except PapermillExecutionError as error:
         print(f"wda run: {error.ename}: {error.evalue}\nThe notebook as far as it ran: {out}", file=sys.stderr)
         return 1
-    except (OSError, TypeError) as error:
+    except OSError as error:
         print(f"wda run: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wda.checks import choice, whole
 from wda.errors import DataUnavailable
 
 __all__ = ["data_folder", "load"]
@@ -54,10 +55,11 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
     >>> x.shape, y[:3]
     (torch.Size([10, 1, 8, 8]), tensor([0, 3, 6]))
     """
-    if split not in ("test", "train"):
-        raise ValueError(f"split={split!r}: 'test' or 'train' is accepted")
-    if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-        raise ValueError(f"n={n!r}: a whole number >= 1, or None for all, is accepted")
+    if not isinstance(name, str):
+        raise TypeError(f"data={name!r}: a name, or a path that ends in .npz, is accepted")
+    choice("split", split, ("test", "train"))
+    if n is not None:
+        n = whole("n", n)
     x, y = _digits(split) if name == "digits" else _from_file(_find(name, split))
     if n is not None and n > len(x):
         raise ValueError(f"n={n!r}: {name!r} holds {len(x)} {split} samples here")
@@ -120,6 +122,10 @@ def _from_file(path: Path) -> tuple[Tensor, Tensor]:
             f"data={str(path)!r}: y is {y.shape} {y.dtype} for x of shape {x.shape}; one integer for each is needed"
         )
     if x.dtype == np.uint8:
+        if x.ndim != 3 and not (x.ndim == 4 and x.shape[3] in (1, 3, 4)):
+            raise ValueError(
+                f"data={str(path)!r}: x of bytes is {x.shape}; images (N, H, W) or (N, H, W, C) are needed"
+            )
         x = x[:, None] if x.ndim == 3 else np.moveaxis(x, -1, 1)
         x = x.astype(np.float32) / 255
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), torch.from_numpy(y.astype(np.int64))

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from wda.checks import whole
 from wda.errors import BudgetExceeded
 from wda.files import write_atomically
-from wda.losses import Loss, get, margin
+from wda.losses import get, margin
 from wda.norms import norm
-from wda.passes import Counts, Oracle, batches, check_batch_size, check_labels, check_sample
+from wda.passes import Counts, Model, Oracle, batches, check_labels, check_sample
 from wda.threat import Threat
 
 __all__ = ["AdversarialDistribution"]
@@ -36,7 +37,7 @@ class AdversarialDistribution:
     Attributes
     ----------
     x : Tensor, shape (N, ...)
-        The sample.
+        The sample. Kept as it is given, not copied.
     labels : int64 Tensor, shape (N,)
         Its labels.
     threat : Threat
@@ -95,7 +96,7 @@ class AdversarialDistribution:
             The sample is no sample in the box, shapes or dtypes differ, x_adv is not finite, or a weight is
             outside [0, 1].
         """
-        y = check_sample(x, y, threat.box)
+        y = check_sample(x, y, threat.box).to(x.device)
         if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or x_adv.dtype != x.dtype:
             given = f"{tuple(x_adv.shape)} {x_adv.dtype}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
             raise ValueError(f"x_adv is {given}: a tensor like x, {tuple(x.shape)} {x.dtype}, is accepted")
@@ -107,9 +108,18 @@ class AdversarialDistribution:
             raise ValueError(f"weight={weight}: numbers in [0, 1] are accepted")
         moves = (share > 0) & (x_adv != x).flatten(1).any(1)
         source = moves.nonzero()[:, 0]
-        return cls(x, y, threat, x_adv[source].detach(), share[source] / len(x), source, counts or Counts())
+        return cls(x.detach(), y, threat, x_adv[source].detach(), share[source] / len(x), source, counts or Counts())
 
     def __post_init__(self) -> None:
+        atoms, n = len(self.moved), len(self.x)
+        if self.moved_mass.shape != (atoms,) or self.moved_source.shape != (atoms,) or self.labels.shape != (n,):
+            raise ValueError(
+                f"{atoms} moved atoms with masses {tuple(self.moved_mass.shape)} and sources "
+                f"{tuple(self.moved_source.shape)}, {n} samples with labels "
+                f"{tuple(self.labels.shape)}: one of each is needed"
+            )
+        if atoms and not 0 <= int(self.moved_source.min()) <= int(self.moved_source.max()) < n:
+            raise ValueError(f"moved_source: numbers of samples, from 0 to {n - 1}, are accepted")
         if not self.moved.isfinite().all():
             bad = int((~self.moved.isfinite()).flatten(1).any(1).nonzero()[0])
             raise ValueError(f"the atom moved from sample {int(self.moved_source[bad])} has NaN or infinite values")
@@ -172,29 +182,30 @@ class AdversarialDistribution:
 
     # -- what it does to a model ---------------------------------------------------------------------------------
 
-    def accuracy(self, model: nn.Module, batch_size: int = 256) -> float:
+    def logits(self, model: Model, batch_size: int = 256) -> Tensor:
+        """The model's logits at the M atoms, (M, K), on the CPU."""
+        whole("batch_size", batch_size)
+        points, rows = self.points, batches(len(self.mass), batch_size, "evaluation", progress=False)
+        with Oracle(model) as oracle:
+            logits = torch.cat([oracle.logits(oracle.to_model(points[batch])).cpu() for batch in rows])
+        check_labels(self.labels, logits.shape[1])
+        return logits
+
+    def mean(self, values: Tensor) -> float:
+        """The expectation of a quantity that has `values` (M,) at the atoms, summed exactly."""
+        return math.fsum((values.double().cpu() * self.mass.cpu()).tolist())
+
+    def accuracy(self, model: Model, batch_size: int = 256) -> float:
         """The mass of the atoms that `model` classifies correctly, in [0, 1].
 
         An atom is correct if its label is strictly the largest logit; ties are errors.
         """
-        return self._expectation(model, lambda logits, y: (margin(logits, y) < 0).double(), batch_size)
+        return self.mean(margin(self.logits(model, batch_size), self.y.cpu()) < 0)
 
-    def risk(self, model: nn.Module, loss: str = "ce", batch_size: int = 256) -> float:
+    def risk(self, model: Model, loss: str = "ce", batch_size: int = 256) -> float:
         """The expected loss; `loss` is one of "ce", "margin", "dlr", "redlr"."""
-        return self._expectation(model, get(loss), batch_size)
-
-    def _expectation(self, model: nn.Module, value: Loss, batch_size: int) -> float:
-        check_batch_size(batch_size)
-        points, y = self.points, self.y
-        values = torch.empty(len(points), dtype=torch.float64)
-        with Oracle(model) as oracle:
-            for rows in batches(len(points), batch_size, "evaluation", progress=False):
-                logits = oracle.logits(oracle.to_model(points[rows]))
-                labels = y[rows].to(logits.device)
-                check_labels(labels, logits.shape[1])
-                values[rows] = value(logits, labels).double().cpu()
-        # summed exactly, so that the batch size does not show
-        return math.fsum((values * self.mass.cpu()).tolist())
+        value = get(loss)
+        return self.mean(value(self.logits(model, batch_size), self.y.cpu()))
 
     # -- what it costs -------------------------------------------------------------------------------------------
 
@@ -236,7 +247,7 @@ class AdversarialDistribution:
         Returns
         -------
         float
-            Computed in float64; its error is the solver's, about 1e-12 of the cost.
+            The cost of the plan that the solver found, computed in float64; never more than `transport_cost`.
         """
         from wda._transport import exact_cost
 
@@ -248,7 +259,8 @@ class AdversarialDistribution:
             start = self.x[here].flatten(1).double().cpu()
             end = points[there].flatten(1).double().cpu()
             per_label.append((start, end, mass[there].cpu().numpy()))
-        return exact_cost(per_label, len(self.x), self.threat.norm, p)
+        # this coupling is a plan too: where the solver's rounding makes its own dearer, the cheaper one counts
+        return min(exact_cost(per_label, len(self.x), self.threat.norm, p), self.transport_cost(p))
 
     def audit(self, threat: Threat | None = None) -> float:
         """Check that the distribution lies in the ball, in float64 and with no tolerance.
@@ -291,16 +303,15 @@ class AdversarialDistribution:
         return cost
 
     def _audit_box(self, threat: Threat) -> None:
-        if threat.box is None or not len(self.moved):
+        if threat.box is None:
             return
         low, high = threat.box
-        moved = self.moved.flatten(1).double()
-        excess = torch.maximum(low - moved, moved - high).amax(1)
+        points = self.points.flatten(1).double()
+        excess = torch.maximum(low - points, points - high).amax(1)
         worst = int(excess.argmax())
         if excess[worst] > 0:
             raise BudgetExceeded(
-                f"the atom moved from sample {int(self.moved_source[worst])} leaves box={threat.box} "
-                f"by {float(excess[worst]):.3g}"
+                f"an atom from sample {int(self.source[worst])} leaves box={threat.box} by {float(excess[worst]):.3g}"
             )
 
     def _audit_mass(self) -> None:

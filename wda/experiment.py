@@ -6,12 +6,14 @@ passes and seconds, the aggregates, and a table with one row per sample.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from wda.attacks import attack, available, check_kappa, options
+from wda.checks import choice, whole
 from wda.data import load as load_data
 from wda.distribution import AdversarialDistribution
 from wda.files import write_atomically
-from wda.losses import margin
+from wda.losses import ce, margin, rival_logits
 from wda.models import load as load_model
-from wda.norms import norm as lengths
-from wda.passes import Oracle, batches
+from wda.passes import check_sample
 from wda.threat import Threat
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["costs", "frame", "interval", "read", "run", "run_notebook", "table"]
+__all__ = ["check_parameters", "costs", "frame", "interval", "read", "run", "run_notebook", "table"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -43,13 +45,14 @@ def run(
     model: str = "digits-mlp",
     norm: str = "Linf",
     eps: float | str = 0.1,
-    order: float = 1,
+    order: float | str = 1,
     attacks: Sequence[str] = ("fgsm", "pgd", "deepfool", "wda"),
     kappas: Sequence[float] = (1, 1.5, 2, 3, 4),
     n: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     dtype: str = "float64",
+    device: str = "cpu",
     output: str | os.PathLike[str] = "results",
 ) -> list[dict[str, Any]]:
     """Run attacks on one model and one threat, and write a record of each as soon as it is done.
@@ -71,6 +74,8 @@ def run(
     seed, batch_size : int
     dtype : {"float32", "float64"}
         Double precision makes results agree between machines; large models want single.
+    device : str
+        Where the model runs, "cpu" or "cuda".
     output : path
         The folder of the records, made if needed. A record of the same cell is replaced.
 
@@ -84,39 +89,56 @@ def run(
     ValueError, TypeError, DataUnavailable, OSError
         The message names the argument, its value and what is accepted.
     """
-    threat = Threat(norm, eps, order)  # type: ignore[arg-type]
+    threat = Threat(norm, eps, order)
     cells = _cells(attacks, kappas, threat.order)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype!r}: one of {', '.join(map(repr, _DTYPES))} is accepted")
-    _check_writable(Path(output))
+    seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
+    precision = _DTYPES[choice("dtype", dtype, _DTYPES)]
     x, y = load_data(data, n=n)
-    x = x.to(_DTYPES[dtype])
-    net = load_model(model).to(_DTYPES[dtype])
-    clean = _predict(net, x, y, batch_size)
+    y = check_sample(x, y, threat.box)
+    net = load_model(model)
+    about = {"data": data, "model": model, "norm": norm, "eps": threat.eps, "order": str(threat.order), "n": len(x)}
+    about |= {"seed": seed, "batch_size": batch_size, "dtype": dtype, "device": device}
+    about |= {"data_sha256": _digest([x, y]), "model_sha256": _digest(net.state_dict().values())}
+    x, net = x.to(precision), _on_device(net.to(precision), device)
+    _check_writable(Path(output))
 
+    clean = AdversarialDistribution.from_points(x, x, y, threat).logits(net, batch_size)
     records = []
     for name, kappa in cells:
         adv = attack(name, net, x, y, threat, kappa=kappa, seed=seed, batch_size=batch_size)
-        about = {"data": data, "model": model, "norm": norm, "eps": threat.eps, "order": str(threat.order)}
-        about |= {"attack": name, "kappa": kappa, "n": len(x), "seed": seed, "batch_size": batch_size, "dtype": dtype}
-        record = {"parameters": about, **_measure(adv, net, clean, batch_size), "provenance": _provenance()}
-        file_name = f"{data}_{model}_{norm}_{threat.eps:.4g}_W{threat.order:g}_{name}_k{kappa:g}.json"
-        with write_atomically(Path(output) / file_name.replace(os.sep, "-").replace(":", "-")) as file:
-            file.write(json.dumps(record, indent=1, separators=(",", ": ")).encode())
+        parameters = {**about, "attack": name, "kappa": kappa, "options": options(name)}
+        record = {"parameters": parameters, **_measure(adv, net, clean, batch_size), "provenance": _provenance(device)}
+        with write_atomically(Path(output) / _file_name(parameters)) as file:
+            file.write(json.dumps(record, indent=1).encode())
         records.append(record)
     return records
 
 
 def _cells(names: Sequence[str], kappas: Sequence[float], order: float) -> list[tuple[str, float]]:
     """The (attack, kappa) pairs to run, each checked."""
-    if isinstance(names, str) or not names:
+    if not isinstance(names, list | tuple) or not names:
         raise ValueError(f"attacks={names!r}: a non-empty list of names is accepted")
-    if isinstance(kappas, str) or not kappas:
+    if not isinstance(kappas, list | tuple) or not kappas:
         raise ValueError(f"kappas={kappas!r}: a non-empty list of numbers >= 1 is accepted")
     for name in names:
         options(name)
     checked = [check_kappa(kappa, order) for kappa in kappas]
     return [(name, kappa) for name in names for kappa in (checked if name == "wda" else [1.0])]
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """The SHA-256 checksum of the values of some tensors, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _on_device(net: nn.Module, device: str) -> nn.Module:
+    try:
+        return net.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r}: {error}") from error
 
 
 def _check_writable(folder: Path) -> None:
@@ -126,41 +148,51 @@ def _check_writable(folder: Path) -> None:
     probe.unlink()
 
 
-def _predict(net: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """The predicted class of each point, and whether it is its label; ties are errors."""
-    with Oracle(net) as oracle:
-        rows = batches(len(x), batch_size, "evaluation", progress=False)
-        logits = torch.cat([oracle.logits(oracle.to_model(x[batch])).cpu() for batch in rows])
-    return logits.argmax(1), margin(logits, y) < 0
+def _file_name(p: Mapping[str, Any]) -> str:
+    """A name that differs wherever a result could: between threats, attacks, samples and seeds."""
+    data, model = (re.sub(r"[^\w.-]+", "-", p[key].removesuffix(".npz")).strip(".-") for key in ("data", "model"))
+    ball = f"{p['norm']}_{p['eps']!r}_W{p['order'].removesuffix('.0')}"
+    return f"{data}_{model}_{ball}_{p['attack']}_k{p['kappa']:g}_n{p['n']}_s{p['seed']}.json"
 
 
-def _measure(
-    adv: AdversarialDistribution, net: nn.Module, clean: tuple[Tensor, Tensor], batch_size: int
-) -> dict[str, Any]:
-    """What a distribution does, audited and evaluated afresh."""
-    cost = adv.audit()
-    points = adv.x_adv
-    predicted, correct = _predict(net, points, adv.labels, batch_size)
-    accuracy = adv.accuracy(net, batch_size)
-    low, high = interval(accuracy, len(adv.x))
-    clean_accuracy = clean[1].double().mean().item()
+def _measure(adv: AdversarialDistribution, net: nn.Module, clean: Tensor, batch_size: int) -> dict[str, Any]:
+    """What a distribution does, audited and evaluated afresh; `clean` are the logits at the sample."""
+    n, y, source = len(adv.x), adv.labels, adv.moved_source
+    logits = adv.logits(net, batch_size)
+    correct, loss = margin(logits, adv.y) < 0, ce(logits, adv.y).double()
+    accuracy, risk = adv.mean(correct), adv.mean(loss)
+    per_sample = torch.zeros(n, dtype=torch.float64).index_add(0, adv.source, n * adv.mass * loss)
+    error = _Z * float(per_sample.std(correction=0)) / math.sqrt(n)
+    was_correct = margin(clean, y) < 0
+    clean_accuracy = was_correct.double().mean().item()
+
+    # the moved atoms come first among the atoms
+    distance = torch.zeros(n, dtype=torch.float64).index_copy(0, source, adv.distances())
+    wrong = (~was_correct).index_copy(0, source, ~correct[: len(source)])
+    rival = rival_logits(clean, y).argmax(1)
+    rival = rival.index_copy(0, source, rival_logits(logits[: len(source)], y[source]).argmax(1))
     return {
         "accuracy": accuracy,
-        "accuracy_interval": [low, high],
+        "accuracy_interval": list(interval(accuracy, n)),
         "clean_accuracy": clean_accuracy,
-        "clean_accuracy_interval": list(interval(clean_accuracy, len(adv.x))),
-        "risk_ce": adv.risk(net, "ce", batch_size),
-        "transport_cost": cost,
+        "clean_accuracy_interval": list(interval(clean_accuracy, n)),
+        "risk_ce": risk,
+        "risk_ce_interval": [risk - error, risk + error],
+        "transport_cost": adv.audit(),
         "passes": asdict(adv.counts),
         "samples": {
-            "index": list(range(len(points))),
-            "label": adv.labels.tolist(),
-            "clean_prediction": clean[0].tolist(),
-            "distance": [round(d, 8) for d in lengths(points.double() - adv.x.double(), adv.threat.norm).tolist()],
-            "rival": torch.where(correct, -1, predicted).tolist(),
-            "flipped": (clean[1] & ~correct).int().tolist(),
+            "index": list(range(n)),
+            "label": y.tolist(),
+            "clean_prediction": clean.argmax(1).tolist(),
+            "distance": [round(d, 8) for d in distance.tolist()],
+            "rival": torch.where(wrong, rival, -1).tolist(),
+            "flipped": (was_correct & wrong).int().tolist(),
         },
     }
+
+
+# The 97.5 % quantile of the normal distribution.
+_Z = 1.959963984540054
 
 
 def interval(mean: float, n: int) -> tuple[float, float]:
@@ -174,14 +206,14 @@ def interval(mean: float, n: int) -> tuple[float, float]:
     >>> [round(side, 3) for side in interval(0.5, 100)]
     [0.404, 0.596]
     """
-    z = 1.959963984540054
+    z = _Z
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _provenance() -> dict[str, Any]:
-    """Where a number is from: versions, the commit (with a + where files differ from it), the hardware."""
+def _provenance(device: str) -> dict[str, Any]:
+    """Where a number is from: versions, the commit (with a + where files differ from it), the hardware used."""
     return {
         "wda": _version(),
         "commit": _commit(),
@@ -189,7 +221,7 @@ def _provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
     }
 
 
@@ -251,6 +283,7 @@ _AGGREGATES = (
     "clean_accuracy",
     "clean_accuracy_interval",
     "risk_ce",
+    "risk_ce_interval",
     "transport_cost",
 )
 
@@ -258,21 +291,24 @@ _AGGREGATES = (
 def table(results: pd.DataFrame) -> pd.DataFrame:
     """Accuracy in per cent: a row for each model and threat, a column for each attack, `clean` first.
 
+    Where the results are of several data sets, sample sizes or seeds, these name the rows too.
+
     Parameters
     ----------
     results : DataFrame
         From `read` or `frame`.
     """
     rows = _labelled(results)
-    wide = rows.pivot_table(index=["model", "threat"], columns="label", values="accuracy", sort=False)
-    wide.insert(0, "clean", rows.groupby(["model", "threat"]).clean_accuracy.first())
+    keys = [key for key in ("data", "n", "seed") if rows[key].nunique() > 1] + ["model", "threat"]
+    wide = rows.pivot(index=keys, columns="label", values="accuracy")[rows.label.unique()]
+    wide.insert(0, "clean", rows.groupby(keys).clean_accuracy.first())
     wide.columns.name = None
     return (100 * wide).sort_index()
 
 
 def costs(results: pd.DataFrame) -> pd.DataFrame:
     """What each attack did: accuracy and its interval in per cent, transport cost, passes per sample."""
-    rows = _labelled(results)
+    rows = _labelled(results).sort_values(["model", "threat"], kind="stable")
     shown = rows[["model", "threat", "label", "accuracy", "transport_cost", "forward", "backward"]].copy()
     shown["accuracy"] = [f"{100 * a:.1f}" for a in rows.accuracy]
     shown.insert(4, "interval", [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in rows.accuracy_interval])
@@ -287,7 +323,7 @@ def _labelled(results: pd.DataFrame) -> pd.DataFrame:
         place=results.attack.map(position),
         label=results.attack.where(results.attack != "wda", "wda κ=" + results.kappa.map("{:g}".format)),
         threat="W" + order + " " + results.norm + " " + results.eps.map("{:g}".format),
-    ).sort_values(["model", "threat", "place", "kappa"])
+    ).sort_values(["place", "kappa", "data", "model", "threat", "n", "seed"])
 
 
 def run_notebook(path: str | os.PathLike[str], out: str | os.PathLike[str], **parameters: Any) -> None:
@@ -306,15 +342,27 @@ def run_notebook(path: str | os.PathLike[str], out: str | os.PathLike[str], **pa
     ------
     TypeError
         A parameter is not declared.
-    FileNotFoundError
-        There is no such notebook.
+    FileNotFoundError, ValueError
+        There is no such file, or it is no notebook.
     """
     import papermill
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"notebook={str(path)!r}: there is no such file")
-    declared = papermill.inspect_notebook(str(path))
-    for name in parameters.keys() - declared.keys():
-        raise TypeError(f"{name}={parameters[name]!r}: {path} declares the parameters {', '.join(declared)}")
+    check_parameters(path, parameters)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(path), str(out), parameters, log_output=True)
+
+
+def check_parameters(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Raise the errors of `run_notebook` that need no run."""
+    import papermill
+    from nbformat.reader import NotJSONError
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"notebook={str(path)!r}: there is no such file")
+    try:
+        declared = papermill.inspect_notebook(str(path))
+    except (NotJSONError, ValueError) as error:
+        raise ValueError(f"notebook={str(path)!r} is no notebook: {error}") from error
+    for name in names:
+        if name not in declared:
+            raise TypeError(f"parameter {name!r}: {path} declares {', '.join(declared)}")

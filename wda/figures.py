@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -32,41 +33,39 @@ def accuracy_over_kappa(results: pd.DataFrame) -> Figure:
     Raises
     ------
     ValueError
-        No record is of the attack "wda".
+        No record is of the attack "wda", or the records are of several data sets.
 
     Examples
     --------
     >>> import pandas as pd
-    >>> one = {"attack": "wda", "kappa": 1.0, "accuracy": 0.5, "accuracy_interval": (0.4, 0.6), "clean_accuracy": 1.0}
-    >>> figure = accuracy_over_kappa(pd.DataFrame([{**one, "model": "m", "norm": "L2", "eps": 0.5, "order": "1.0"}]))
+    >>> what = {"data": "d", "model": "m", "norm": "L2", "eps": 0.5, "order": "1.0", "attack": "wda", "kappa": 1.0}
+    >>> found = {"accuracy": 0.5, "accuracy_interval": (0.4, 0.6), "clean_accuracy": 1.0}
+    >>> figure = accuracy_over_kappa(pd.DataFrame([what | found]))
     >>> len(figure.axes)
     1
     """
     runs = results[results.attack == "wda"]
     if runs.empty:
         raise ValueError("results has no record of the attack 'wda'")
+    if runs.data.nunique() > 1:
+        raise ValueError(f"results is of the data sets {', '.join(runs.data.unique())}: those of one are accepted")
     threats = list(runs.groupby(["order", "norm", "eps"]))
+    looks = dict(zip(sorted(runs.model.unique()), itertools.cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
     figure, panels = plt.subplots(
         1, len(threats), figsize=(1 + 3.6 * len(threats), 3.6), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, ((order, norm, eps), of_threat) in zip(panels[0], threats, strict=True):
-        for (model, line), colour, marker in zip(of_threat.groupby("model"), COLOURS, MARKERS, strict=False):
+        for model, line in of_threat.groupby("model"):
+            colour, marker = looks[model]
             line = line.sort_values("kappa")
             low, high = (100 * line.accuracy_interval.str[side] for side in (0, 1))
             accuracy = 100 * line.accuracy
-            panel.errorbar(
-                line.kappa,
-                accuracy,
-                (accuracy - low, high - accuracy),
-                color=colour,
-                marker=marker,
-                capsize=3,
-                label=model,
-            )
+            bars = (accuracy - low, high - accuracy)
+            panel.errorbar(line.kappa, accuracy, bars, color=colour, marker=marker, capsize=3, label=model)
             panel.axhline(100 * line.clean_accuracy.iloc[0], color=colour, linestyle=":", linewidth=1)
         panel.set_title(f"$W_{{{order.removesuffix('.0')}}}$, {norm}, radius {eps:g}", fontsize="medium")
         panel.set_xlabel("κ (search radius / ε)")
+        panel.legend(fontsize="small", loc="lower right")
     panels[0][0].set_ylabel("accuracy (%)")
     panels[0][0].set_ylim(0, 101)
-    panels[0][-1].legend(fontsize="small", loc="lower right")
     return figure

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from wda.checks import choice
+
 __all__ = ["Loss", "ce", "dlr", "get", "margin", "redlr", "rival_logits"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -131,6 +133,4 @@ def get(name: str) -> Loss:
     >>> get("margin") is margin
     True
     """
-    if not isinstance(name, str) or name not in _LOSSES:
-        raise ValueError(f"loss={name!r}: one of {', '.join(map(repr, _LOSSES))} is accepted")
-    return _LOSSES[name]
+    return _LOSSES[choice("loss", name, _LOSSES)]

@@ -83,6 +83,8 @@ def load(name: str) -> nn.Module:
     >>> load("digits-mlp")(torch.zeros(1, 1, 8, 8)).shape
     torch.Size([1, 10])
     """
+    if not isinstance(name, str):
+        raise TypeError(f"model={name!r}: a name is accepted")
     if ":" in name:
         return _from_function(name)
     path = _card_path(name)
@@ -164,6 +166,7 @@ class Residual(nn.Module):
         return total
 
 
+_KEYS = {"linear": {"op", "weight", "bias"}, "conv2d": {"op", "weight", "bias", "stride", "padding"}}
 _PLAIN = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -186,6 +189,8 @@ def _module(layer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Modul
         raise ValueError(
             f"op={op!r}: one of {', '.join([*_PLAIN, 'maxpool2d', 'residual', 'linear', 'conv2d'])} is accepted"
         )
+    if unknown := layer.keys() - _KEYS[op]:
+        raise ValueError(f"layer {op!r} has {', '.join(sorted(unknown))}: {', '.join(sorted(_KEYS[op]))} are accepted")
     try:
         weight = weights[layer["weight"]]
         bias = weights[layer["bias"]] if layer.get("bias") else None
@@ -193,15 +198,19 @@ def _module(layer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Modul
         raise ValueError(f"the weights have no tensor {error} that the layers name") from error
     module: nn.Linear | nn.Conv2d
     if op == "linear":
-        module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     else:
         out, into, *kernel = weight.shape
         stride, padding = layer.get("stride", 1), layer.get("padding", 0)
-        module = nn.Conv2d(into, out, (kernel[0], kernel[1]), stride, padding, bias=bias is not None)
-    with torch.no_grad():
-        module.weight.copy_(weight)
-        if bias is not None and module.bias is not None:
-            module.bias.copy_(bias)
+        module = nn.Conv2d(into, out, (kernel[0], kernel[1]), stride, padding, bias=bias is not None, device="meta")
+    # made without storage, so that nothing is drawn at random; the tensors keep their dtype
+    module.weight = nn.Parameter(weight)
+    if bias is not None:
+        if bias.shape != (len(weight),):
+            raise ValueError(
+                f"layer {op!r}: bias of shape {tuple(bias.shape)} for weight of shape {tuple(weight.shape)}"
+            )
+        module.bias = nn.Parameter(bias)
     return module
 
 
@@ -220,7 +229,7 @@ def _from_function(name: str) -> nn.Module:
     module, _, function = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise DataUnavailable(
             f"model={name!r}: {error}; the module must be importable from here (its folder on PYTHONPATH)"
         ) from error

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from wda.checks import choice
+
 __all__ = [
     "clamp",
     "dual",
@@ -43,9 +45,7 @@ def exponent(name: str) -> float:
     >>> exponent("L2")
     2.0
     """
-    if not isinstance(name, str) or name not in _EXPONENTS:
-        raise ValueError(f"norm={name!r}: one of {', '.join(map(repr, _EXPONENTS))} is accepted")
-    return _EXPONENTS[name]
+    return _EXPONENTS[choice("norm", name, _EXPONENTS)]
 
 
 def dual(name: str) -> str:
@@ -138,9 +138,9 @@ def project(
     Parameters
     ----------
     points, anchor : Tensor, shape (N, ...)
-        The anchor lies in the box.
+        The anchor lies in the box; else a ValueError.
     radius : float or Tensor, shape (N,)
-        At least 0.
+        At least 0; else a ValueError.
     name : {"Linf", "L2", "L1"}
     box : (float, float) or None
 
@@ -157,12 +157,19 @@ def project(
     r = exponent(name)
     anchor64 = anchor.flatten(1).double()
     delta = points.flatten(1).double() - anchor64
-    length = delta.abs()
+    limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))[:, None]
+    if not bool((limit >= 0).all()):
+        raise ValueError(f"radius={radius}: numbers >= 0 are accepted")
+    # in units of the longest coordinate, so that no square overflows or vanishes
+    unit = delta.abs().amax(1, keepdim=True)
+    unit = torch.where(unit > 0, unit, 1)
+    length, limit = delta.abs() / unit, limit / unit
     if box is None:
         room = torch.full_like(length, math.inf)
     else:
-        room = torch.where(delta > 0, box[1] - anchor64, anchor64 - box[0])
-    limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))[:, None]
+        if bool(((anchor64 < box[0]) | (anchor64 > box[1])).any()):
+            raise ValueError(f"the anchor leaves box={box}: anchors within it are accepted")
+        room = torch.where(delta > 0, box[1] - anchor64, anchor64 - box[0]) / unit
     capped = length.minimum(room)
     if r == math.inf:
         capped = capped.minimum(limit)
@@ -170,7 +177,7 @@ def project(
         outside = torch.linalg.vector_norm(capped, r, dim=1) > limit[:, 0]
         solve = _shrink_l2 if r == 2 else _shrink_l1
         capped[outside] = solve(length[outside], room[outside], limit[outside])
-    result = (anchor64 + capped * delta.sign()).view_as(points).to(points.dtype)
+    result = (anchor64 + capped * unit * delta.sign()).view_as(points).to(points.dtype)
     # adding the anchor rounds: it may leave the box by one unit in the last place
     return clamp(result, box)
 
@@ -273,11 +280,17 @@ def round_inward(points: Tensor, anchor: Tensor, radius: float | Tensor, name: s
     """
     limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))
     result = points.clone()
-    for _ in range(64):
+    for k in range(52):
         outside = norm(result.double() - anchor.double(), name) > limit
         if not outside.any():
             return result
-        result[outside] = torch.nextafter(result[outside], anchor[outside])
+        point, start = result[outside], anchor[outside]
+        # one unit in the last place of the point; near 0 that is less than one of the distance, which then decides
+        step = torch.nextafter(point, start)
+        shrunk = start.double() + (point.double() - start.double()) * (1 - 2.0 ** (k - 52))
+        shrunk = shrunk.to(point.dtype)
+        nearer = (shrunk.double() - start.double()).abs() < (step.double() - start.double()).abs()
+        result[outside] = torch.where(nearer, shrunk, step)
     worst = (norm(points.double() - anchor.double(), name) - limit).max().item()
     raise ValueError(
         f"points lie {worst:.3g} outside the ball of radius {radius}, which is more than rounding; project them first"
@@ -305,7 +318,7 @@ def operator_norm(matrix: Tensor, r: str, s: str) -> float:
     Raises
     ------
     ValueError
-        `matrix` is not a matrix, or the enumeration would be over more than 20 signs.
+        `matrix` is no finite matrix, or the enumeration would be over more than 20 signs.
 
     Examples
     --------
@@ -315,6 +328,8 @@ def operator_norm(matrix: Tensor, r: str, s: str) -> float:
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"matrix of shape {tuple(matrix.shape)}: a non-empty matrix (m, n) is accepted")
     exponent(r), exponent(s)
+    if not matrix.isfinite().all():
+        raise ValueError("matrix: finite entries are accepted, it has NaN or infinite ones")
     a = matrix.detach().double()
     if r == "L1":
         return float(norm(a.T, s).max())

@@ -10,7 +10,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from wda.losses import Loss
 
-__all__ = ["Counts", "Oracle", "batches", "check_batch_size", "check_labels", "check_sample"]
+__all__ = ["Counts", "Model", "Oracle", "batches", "check_labels", "check_sample"]
+
+# A torch.nn.Module, or any other callable that maps inputs (N, ...) to logits (N, K).
+Model = Callable[[Tensor], Tensor]
 
 _log = logging.getLogger("wda")
 _SECONDS_BETWEEN_LOG_LINES = 10.0
@@ -26,10 +29,21 @@ _SECONDS_BETWEEN_LOG_LINES = 10.0
 
 @dataclass(frozen=True)
 class Counts:
-    """What a result cost: mean passes per sample (one backward pass is one gradient), and wall-clock seconds."""
+    """What a result cost.
+
+    Attributes
+    ----------
+    forward, backward : float
+        Mean passes per sample; one backward pass is one gradient.
+    vanished : float
+        The share of the gradients that were zero: where it is large, the attack was blind, not the model robust.
+    seconds : float
+        By the clock on the wall.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    vanished: float = 0.0
     seconds: float = 0.0
 
 
@@ -47,11 +61,11 @@ class Oracle:
 
     Attributes
     ----------
-    forward, backward : int
-        Rows passed forward, and gradients taken, since the start.
+    forward, backward, vanished : int
+        Rows passed forward, gradients taken, and those of them that were zero, since the start.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         if not callable(model):
             raise TypeError(
                 f"model={model!r}: a torch.nn.Module, or another callable that maps inputs to logits, is accepted"
@@ -59,6 +73,7 @@ class Oracle:
         self.model = model
         self.forward = 0
         self.backward = 0
+        self.vanished = 0
         self._modes: list[tuple[nn.Module, bool]] = []
 
     def __enter__(self) -> Oracle:
@@ -117,10 +132,11 @@ class Oracle:
 
     def counts(self, n: int, seconds: float) -> Counts:
         """The passes so far, as means over `n` samples."""
-        return Counts(self.forward / n, self.backward / n, seconds)
+        vanished = self.vanished / self.backward if self.backward else 0.0
+        return Counts(self.forward / n, self.backward / n, vanished, seconds)
 
     def _call(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
+        logits = self.model(x.clone())  # a model may change its input in place
         self.forward += len(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(x) or logits.shape[1] < 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -137,14 +153,18 @@ class Oracle:
 
     def _gradient(self, total: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
         self.backward += len(x)
-        if not total.requires_grad:  # the logits do not depend on x at all
-            return torch.zeros_like(x)
+        if not total.requires_grad:
+            raise ValueError(
+                "model(x) carries no gradient: it detaches its input or runs under torch.no_grad, "
+                "or the attack was called under torch.inference_mode"
+            )
         (g,) = torch.autograd.grad(total, x, retain_graph=retain_graph, allow_unused=True)
-        if g is None:
-            return torch.zeros_like(x)
+        if g is None:  # the logits depend on parameters, and on no input
+            g = torch.zeros_like(x)
         if not g.isfinite().all():
             bad = int((~g.isfinite()).flatten(1).any(1).nonzero()[0])
             raise ValueError(f"the gradient of the model at row {bad} of a batch of {len(x)} is NaN or infinite")
+        self.vanished += int((g.flatten(1) == 0).all(1).sum())
         return g
 
 
@@ -187,13 +207,6 @@ def check_labels(y: Tensor, classes: int) -> None:
         raise ValueError(
             f"y has the label {int(y.max())}, the model has K={classes} classes: labels from 0 to K-1 are accepted"
         )
-
-
-def check_batch_size(batch_size: int) -> int:
-    """Return `batch_size`; raise a `ValueError` if it is not a whole number of at least 1."""
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: a whole number >= 1 is accepted")
-    return batch_size
 
 
 def batches(n: int, size: int, label: str, progress: bool | None = None) -> Iterator[slice]:

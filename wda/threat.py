@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
-from fractions import Fraction
-from numbers import Real
+from typing import TYPE_CHECKING
 
+from wda.checks import number
 from wda.norms import exponent
 
 __all__ = ["Threat"]
@@ -48,43 +49,26 @@ class Threat:
     order: float = 1.0
     box: tuple[float, float] | None = (0.0, 1.0)
 
+    if TYPE_CHECKING:  # what may be given is more than what is kept
+
+        def __init__(
+            self,
+            norm: str = "Linf",
+            eps: float | str = 8 / 255,
+            order: float | str = 1.0,
+            box: tuple[float, float] | None = (0.0, 1.0),
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         exponent(self.norm)
-        object.__setattr__(self, "eps", _radius(self.eps))
-        object.__setattr__(self, "order", _order(self.order))
+        accepted = 'a finite number >= 0, or a fraction such as "8/255",'
+        object.__setattr__(self, "eps", number("eps", self.eps, accepted, 0, sys.float_info.max))
+        object.__setattr__(self, "order", number("order", self.order, "a number >= 1, or math.inf,", 1, math.inf))
         object.__setattr__(self, "box", _box(self.box))
 
     def __str__(self) -> str:
         order = "inf" if math.isinf(self.order) else f"{self.order:g}"
         return f"W_{order} {self.norm} {self.eps:.4g}"
-
-
-def _number(name: str, value: object, accepted: str) -> float:
-    """`value` as a float; strings may be fractions."""
-    try:
-        if isinstance(value, str):
-            return math.inf if value.strip().lower() == "inf" else float(Fraction(value.strip()))
-        if isinstance(value, Real) and not isinstance(value, bool):
-            return float(value)
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"{name}={value!r}: {accepted} is accepted") from error
-    raise TypeError(f"{name}={value!r}: {accepted} is accepted")
-
-
-def _radius(eps: object) -> float:
-    accepted = 'a finite number >= 0, or a fraction such as "8/255",'
-    value = _number("eps", eps, accepted)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"eps={eps!r}: {accepted} is accepted")
-    return value
-
-
-def _order(order: object) -> float:
-    accepted = "a number >= 1, or math.inf,"
-    value = _number("order", order, accepted)
-    if not value >= 1:
-        raise ValueError(f"order={order!r}: {accepted} is accepted")
-    return value
 
 
 def _box(box: object) -> tuple[float, float] | None:
@@ -93,7 +77,7 @@ def _box(box: object) -> tuple[float, float] | None:
     accepted = "a pair (low, high) of finite numbers with low < high, or None,"
     if not isinstance(box, tuple | list) or len(box) != 2:
         raise TypeError(f"box={box!r}: {accepted} is accepted")
-    low, high = (_number("box", side, accepted) for side in box)
-    if not -math.inf < low < high < math.inf:
+    low, high = (number("box", side, accepted, -sys.float_info.max, sys.float_info.max) for side in box)
+    if not low < high:
         raise ValueError(f"box={box!r}: {accepted} is accepted")
     return low, high

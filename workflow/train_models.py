@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import platform
 import sys
@@ -29,28 +30,28 @@ from wda.losses import margin
 FOLDER = Path(__file__).parents[1] / "data" / "models"
 TOLERANCE = 0.5  # points
 
-CONVOLUTIONAL = [
-    nn.Conv2d, (1, 16, 3, 1, 1), nn.ReLU, (), nn.Conv2d, (16, 32, 3, 2, 1), nn.ReLU, (),
-    nn.Flatten, (), nn.Linear, (512, 64), nn.ReLU, (), nn.Linear, (64, 10),
-]  # fmt: skip
+
+def multilayer(*widths: int, activation: type[nn.Module]) -> nn.Sequential:
+    """A fully connected network on 8 by 8 images."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for into, out in itertools.pairwise(widths):
+        layers += [nn.Linear(into, out), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolutional() -> nn.Sequential:
+    """Two convolutions and two linear layers."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10)),
+    )
+
+
 NETWORKS = {
-    "digits-mlp": [nn.Flatten, (), nn.Linear, (64, 48), nn.ReLU, (), nn.Linear, (48, 10)],
-    "digits-cnn": CONVOLUTIONAL,
-    "digits-cnn-adv": CONVOLUTIONAL,
-    "digits-gelu": [
-        nn.Flatten,
-        (),
-        nn.Linear,
-        (64, 48),
-        nn.GELU,
-        (),
-        nn.Linear,
-        (48, 48),
-        nn.GELU,
-        (),
-        nn.Linear,
-        (48, 10),
-    ],
+    "digits-mlp": lambda: multilayer(64, 48, 10, activation=nn.ReLU),
+    "digits-cnn": convolutional,
+    "digits-cnn-adv": convolutional,
+    "digits-gelu": lambda: multilayer(64, 48, 48, 10, activation=nn.GELU),
 }
 RECIPE = {
     "seed": 0,
@@ -74,8 +75,7 @@ def train(name: str) -> nn.Sequential:
     """A trained network."""
     how = recipe(name)
     torch.manual_seed(how["seed"])
-    classes, arguments = NETWORKS[name][::2], NETWORKS[name][1::2]
-    net = nn.Sequential(*(layer(*given) for layer, given in zip(classes, arguments, strict=True)))
+    net = NETWORKS[name]()
     x, y = data.load("digits", "train")
     optimiser = torch.optim.Adam(net.parameters(), lr=how["learning_rate"], weight_decay=how["weight_decay"])
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, how["epochs"])

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from wda.attacks.deepfool import deepfool
 from wda.attacks.fgsm import fgsm
 from wda.attacks.pgd import pgd
 from wda.attacks.wda import wda
+from wda.checks import choice, number, whole
 from wda.distribution import AdversarialDistribution
 from wda.norms import project, round_inward
-from wda.passes import Oracle, batches, check_batch_size, check_labels, check_sample
+from wda.passes import Model, Oracle, batches, check_labels, check_sample
 from wda.threat import Threat
 
 __all__ = ["attack", "available", "check_kappa", "options"]
@@ -56,15 +58,13 @@ def options(name: str) -> dict[str, object]:
     >>> options("fgsm")
     {'loss': 'ce'}
     """
-    if not isinstance(name, str) or name not in _ATTACKS:
-        raise ValueError(f"attack={name!r}: one of {', '.join(map(repr, _ATTACKS))} is accepted")
-    parameters = inspect.signature(_ATTACKS[name]).parameters.values()
+    parameters = inspect.signature(_ATTACKS[choice("attack", name, _ATTACKS)]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "seed"}
 
 
 def attack(
     name: str,
-    model: nn.Module,
+    model: Model,
     x: Tensor,
     y: Tensor,
     threat: Threat,
@@ -87,7 +87,7 @@ def attack(
     ----------
     name : str
         One of `available`.
-    model : nn.Module
+    model : nn.Module, or another callable
         Maps (N, ...) to logits (N, K). Normalisation belongs inside it. Its mode and the gradients of its
         parameters are left as they were.
     x : Tensor, shape (N, ...)
@@ -126,16 +126,16 @@ def attack(
     True
     """
     known = options(name)
-    for parameter in parameters.keys() - known.keys():
-        raise TypeError(
-            f"{parameter}={parameters[parameter]!r}: attack {name!r} accepts {', '.join(['kappa', 'seed', *known])}"
-        )
+    for parameter in sorted(parameters.keys() - known.keys()):
+        accepted = ", ".join(["kappa", "seed", "batch_size", "progress", *known])
+        raise TypeError(f"{parameter}={parameters[parameter]!r}: attack {name!r} accepts {accepted}")
     if not isinstance(threat, Threat):
         raise TypeError(f"threat={threat!r}: a wda.Threat is accepted")
     kappa = check_kappa(kappa, threat.order)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed!r}: a whole number >= 0 is accepted")
-    check_batch_size(batch_size)
+    weight = 1.0 if math.isinf(threat.order) else kappa**-threat.order
+    if weight < sys.float_info.min * len(x):
+        raise ValueError(f"kappa={kappa!r} with order={threat.order:g}: the share kappa^-order is too small a number")
+    seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
     y = check_sample(x, y, threat.box)
     if "seed" in inspect.signature(_ATTACKS[name]).parameters:
         parameters["seed"] = seed
@@ -151,16 +151,14 @@ def attack(
             points = project(points, clean, ball.eps, ball.norm, ball.box)
             x_adv[rows] = round_inward(points, clean, ball.eps, ball.norm)
     counts = oracle.counts(len(x), time.monotonic() - start)
-    weight = 1.0 if math.isinf(threat.order) else kappa**-threat.order
     return AdversarialDistribution.from_points(x.detach(), x_adv, y, threat, weight, counts)
 
 
 def check_kappa(kappa: float, order: float) -> float:
     """Return `kappa`; raise a `ValueError` if it is below 1, or above 1 in a ball of infinite order."""
-    if isinstance(kappa, bool) or not isinstance(kappa, int | float) or not 1 <= kappa < math.inf:
-        raise ValueError(f"kappa={kappa!r}: a finite number >= 1 is accepted")
-    if kappa > 1 and math.isinf(order):
+    value = number("kappa", kappa, "a finite number >= 1", 1, sys.float_info.max)
+    if value > 1 and math.isinf(order):
         raise ValueError(
             f"kappa={kappa!r} with order=inf: in a W_inf ball no atom may move further than eps; 1 is accepted"
         )
-    return float(kappa)
+    return value

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wda.attacks.search import check_count, top_rivals
+from wda.attacks.search import free, top_rivals
+from wda.checks import number, whole
 from wda.losses import margin
 from wda.norms import clamp, dual, dual_maximiser, norm
 from wda.passes import Oracle
@@ -28,7 +29,7 @@ def deepfool(
 
     At each point the rival j with the smallest :math:`|f_j| / \|\nabla f_j\|_s` is chosen, where
     :math:`f_j = z_j - z_y`, and the step goes just as far along the dual-norm maximiser of its gradient. A sample
-    leaves once the displacement, lengthened by `overshoot`, changes its label.
+    is done once the displacement, lengthened by `overshoot`, changes its label.
 
     Parameters
     ----------
@@ -40,7 +41,7 @@ def deepfool(
     steps : int
         At most so many.
     overshoot : float
-        At least 0. On an affine model the result is this much further away than the nearest boundary.
+        From 0 to 1. On an affine model the result is this much further away than the nearest boundary.
     rivals : int, optional
         Consider only the classes with the largest logits at the sample; by default all.
 
@@ -49,9 +50,8 @@ def deepfool(
     Tensor, shape (N, ...)
         Within the box; where the label changed, just behind a boundary.
     """
-    check_count("steps", steps)
-    if not isinstance(overshoot, int | float) or not 0 <= overshoot < 1:
-        raise ValueError(f"overshoot={overshoot!r}: a number in [0, 1) is accepted")
+    whole("steps", steps)
+    lengthened = 1 + number("overshoot", overshoot, "a number from 0 to 1", 0, 1)
     logits = oracle.logits(x)
     candidates = top_rivals(logits, y, rivals)
     walk, result = x.clone(), x.clone()
@@ -60,17 +60,18 @@ def deepfool(
         if not len(active):
             break
         walk[active] = clamp(
-            walk[active] + _step(oracle, walk[active], y[active], candidates[active], ball.norm), ball.box
+            walk[active] + _step(oracle, walk[active], y[active], candidates[active], ball.norm, ball.box), ball.box
         )
-        ahead = clamp(x[active] + (1 + overshoot) * (walk[active] - x[active]), ball.box)
+        ahead = clamp(x[active] + lengthened * (walk[active] - x[active]), ball.box)
         result[active] = ahead
         active = active[margin(oracle.logits(ahead), y[active]) < 0]
     return result
 
 
-def _step(oracle: Oracle, x: Tensor, y: Tensor, rivals: Tensor, name: str) -> Tensor:
+def _step(oracle: Oracle, x: Tensor, y: Tensor, rivals: Tensor, name: str, box: tuple[float, float] | None) -> Tensor:
     """The shortest step onto the boundary of one of the rivals, for the model linearised at x."""
     logits, gradients = oracle.margin_gradients(x, y, rivals)
+    gradients = free(gradients, x[:, None], box)
     gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).abs()
     slopes = norm(gradients.flatten(0, 1), dual(name)).view_as(gaps)
     # a rival whose gradient vanishes is infinitely far away

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from wda import losses
+from wda.attacks.search import free
 from wda.norms import dual_maximiser
 from wda.passes import Oracle
 from wda.threat import Threat
@@ -14,6 +15,8 @@ __all__ = ["fgsm"]
 
 def fgsm(oracle: Oracle, x: Tensor, y: Tensor, ball: Threat, *, loss: str = "ce") -> Tensor:
     """One step of full length along the dual-norm maximiser of the gradient (Goodfellow et al. 2015, eq. 1).
+
+    Coordinates that the box stops do not count.
 
     Parameters
     ----------
@@ -30,4 +33,4 @@ def fgsm(oracle: Oracle, x: Tensor, y: Tensor, ball: Threat, *, loss: str = "ce"
         Not yet projected onto the box.
     """
     _, gradient = oracle.gradient(x, y, losses.get(loss))
-    return x + ball.eps * dual_maximiser(gradient, ball.norm)
+    return x + ball.eps * dual_maximiser(free(gradient, x, ball.box), ball.norm)

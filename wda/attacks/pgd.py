@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from wda import losses
-from wda.attacks.search import Best, check_count, step_lengths, uniform_start
+from wda.attacks.search import Best, free, step_lengths, uniform_start
+from wda.checks import flag, whole
 from wda.norms import dual_maximiser, project
 from wda.passes import Oracle
 from wda.threat import Threat
@@ -27,6 +28,8 @@ def pgd(
 ) -> Tensor:
     """Steps along the dual-norm maximiser of the gradient, each projected onto the ball (Madry et al. 2018).
 
+    Coordinates that the box stops do not count in the direction.
+
     Parameters
     ----------
     oracle : Oracle
@@ -47,15 +50,14 @@ def pgd(
     Tensor, shape (N, ...)
         The iterate of largest margin, the sample itself among them.
     """
-    lengths = step_lengths(check_count("steps", steps), ball.eps, step_size)
-    if not isinstance(random_start, bool):
-        raise TypeError(f"random_start={random_start!r}: True or False is accepted")
+    lengths = step_lengths(whole("steps", steps), ball.eps, step_size)
     value = losses.get(loss)
     best = Best(x, oracle.logits(x), y)
-    point = uniform_start(x, ball, seed) if random_start else x
+    point = uniform_start(x, ball, seed) if flag("random_start", random_start) else x
     for length in lengths:
         logits, gradient = oracle.gradient(point, y, value)
         best.update(point, logits)
-        point = project(point + length * dual_maximiser(gradient, ball.norm), x, ball.eps, ball.norm, ball.box)
+        direction = dual_maximiser(free(gradient, point, ball.box), ball.norm)
+        point = project(point + length * direction, x, ball.eps, ball.norm, ball.box)
     best.update(point, oracle.logits(point))
     return best.points

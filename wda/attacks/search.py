@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 
 import torch
 from torch import Tensor
 
+from wda.checks import number, whole
 from wda.losses import margin, rival_logits
 from wda.norms import exponent, project
 from wda.threat import Threat
 
-__all__ = ["Best", "check_count", "step_lengths", "top_rivals", "uniform_start"]
+__all__ = ["Best", "free", "step_lengths", "top_rivals", "uniform_start"]
 
 
 class Best:
@@ -36,25 +38,30 @@ def step_lengths(steps: int, radius: float, step_size: float | None) -> list[flo
     The first step reaches the sphere, so an attack on an affine model is exact after one; the last ones refine.
     """
     if step_size is not None:
-        if not isinstance(step_size, int | float) or not 0 < step_size < math.inf:
-            raise ValueError(f"step_size={step_size!r}: a number > 0 or None is accepted")
-        return [float(step_size)] * steps
+        return [number("step_size", step_size, "a finite number > 0, or None,", 5e-324, sys.float_info.max)] * steps
     return [radius * math.cos(math.pi / 2 * t / steps) for t in range(steps)]
-
-
-def check_count(name: str, value: object, least: int = 1) -> int:
-    """`value` if it is a whole number of at least `least`; otherwise a ValueError that names it."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: a whole number >= {least} is accepted")
-    return value
 
 
 def top_rivals(logits: Tensor, y: Tensor, rivals: int | None) -> Tensor:
     """The `rivals` classes of largest logit other than the label, (N, m); all K-1 of them by default."""
     others = logits.shape[1] - 1
-    if rivals is not None and check_count("rivals", rivals) > others:
-        raise ValueError(f"rivals={rivals!r}: a whole number from 1 to K-1={others}, or None for all, is accepted")
-    return rival_logits(logits, y).topk(others if rivals is None else rivals, dim=1).indices
+    kept = others if rivals is None else whole("rivals", rivals, 1, others)
+    return rival_logits(logits, y).topk(kept, dim=1).indices
+
+
+def free(gradient: Tensor, point: Tensor, box: tuple[float, float] | None) -> Tensor:
+    """The gradient with the coordinates set to 0 that the box stops from growing with it.
+
+    Without this the steepest direction in the 1-norm, a single coordinate, may be one that cannot move, and an
+    ascent along it stands still. What is within a millionth of the box's width from a side counts as at it, so that
+    rounding does not decide.
+    """
+    if box is None:
+        return gradient
+    low, high = box
+    slack = 1e-6 * (high - low)
+    stopped = ((gradient > 0) & (point >= high - slack)) | ((gradient < 0) & (point <= low + slack))
+    return gradient.masked_fill(stopped, 0)
 
 
 def uniform_start(x: Tensor, ball: Threat, seed: int) -> Tensor:

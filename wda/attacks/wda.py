@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from wda.attacks.search import Best, check_count, step_lengths, top_rivals
+from wda.attacks.search import Best, free, step_lengths, top_rivals
+from wda.checks import choice, whole
 from wda.norms import dual_maximiser, project
 from wda.passes import Oracle
 from wda.threat import Threat
@@ -31,10 +34,11 @@ def wda(
     :math:`\mathcal M_r(\nabla(z_j - z_y))`, and the best proposal becomes the next point. After the last
     probing step its rival stays fixed.
 
-    Two things differ from the printed algorithm. Line 11 chooses the largest raw logit :math:`z_j(\varphi_j)`,
-    which changes when one function is added to all logits although the classifier does not; here the default is
-    the margin :math:`z_j(\varphi_j) - z_y(\varphi_j)`. And line 14 returns the last iterate; here it is the point of
-    largest margin among all that were evaluated, at no further pass.
+    Three things differ from the printed algorithm. Coordinates that the box stops do not count in a direction.
+    Line 11 chooses the largest raw logit :math:`z_j(\varphi_j)`, which changes when one function is added to all
+    logits although the classifier does not; here the default is the margin
+    :math:`z_j(\varphi_j) - z_y(\varphi_j)`. And line 14 returns the last iterate; here it is the point of largest
+    margin among all that were evaluated, at no further pass.
 
     Parameters
     ----------
@@ -56,11 +60,9 @@ def wda(
     -------
     Tensor, shape (N, ...)
     """
-    lengths = step_lengths(check_count("steps", steps), ball.eps, step_size)
-    if check_count("probe_steps", probe_steps) > steps:
-        raise ValueError(f"probe_steps={probe_steps!r}: a whole number from 1 to steps={steps} is accepted")
-    if rule not in ("margin", "logit"):
-        raise ValueError(f"rule={rule!r}: 'margin' or 'logit' is accepted")
+    lengths = step_lengths(whole("steps", steps), ball.eps, step_size)
+    whole("probe_steps", probe_steps, 1, steps)
+    choice("rule", rule, ("margin", "logit"))
     logits = oracle.logits(x)
     best = Best(x, logits, y)
     pursued = top_rivals(logits, y, rivals)
@@ -68,33 +70,35 @@ def wda(
     for t, length in enumerate(lengths):
         logits, gradients = oracle.margin_gradients(point, y, pursued)
         best.update(point, logits)
-        proposals = _proposals(point, gradients, length, x, ball)
+        proposals = (_proposal(point, gradients[:, j], length, x, ball) for j in range(pursued.shape[1]))
         if t < probe_steps:
-            chosen = _choose(oracle, proposals, y, pursued, rule, best)
-            point = proposals[torch.arange(len(x), device=x.device), chosen]
-            if t == probe_steps - 1:
-                pursued = pursued.gather(1, chosen[:, None])
+            point, rival = _probe(oracle, proposals, y, pursued, rule, best)
         else:
-            point = proposals[:, 0]
+            point = next(proposals)
+        if t == probe_steps - 1:
+            pursued = rival[:, None]
     best.update(point, oracle.logits(point))
     return best.points
 
 
-def _proposals(point: Tensor, gradients: Tensor, length: float, x: Tensor, ball: Threat) -> Tensor:
-    """Line 10 of Algorithm 1: one projected step for each rival, (N, m, ...)."""
-    direction = dual_maximiser(gradients.flatten(0, 1), ball.norm).view_as(gradients)
-    ahead = point[:, None] + length * direction
-    anchors = x[:, None].expand_as(ahead)
-    return project(ahead.flatten(0, 1), anchors.flatten(0, 1), ball.eps, ball.norm, ball.box).view_as(ahead)
+def _proposal(point: Tensor, gradient: Tensor, length: float, x: Tensor, ball: Threat) -> Tensor:
+    """Line 10 of Algorithm 1: one rival's projected step."""
+    direction = dual_maximiser(free(gradient, point, ball.box), ball.norm)
+    return project(point + length * direction, x, ball.eps, ball.norm, ball.box)
 
 
-def _choose(oracle: Oracle, proposals: Tensor, y: Tensor, rivals: Tensor, rule: str, best: Best) -> Tensor:
-    """Line 11: which proposal to follow, (N,). Every proposal evaluated is a candidate for the best point."""
-    logits = oracle.logits(proposals.flatten(0, 1)).unflatten(0, rivals.shape)
-    for j in range(rivals.shape[1]):
-        best.update(proposals[:, j], logits[:, j])
-    own = logits.gather(2, rivals[:, :, None])[:, :, 0]
-    if rule == "margin":
-        own = own - logits.gather(2, y[:, None, None].expand(-1, rivals.shape[1], 1))[:, :, 0]
-    chosen: Tensor = own.argmax(1)
-    return chosen
+def _probe(
+    oracle: Oracle, proposals: Iterator[Tensor], y: Tensor, rivals: Tensor, rule: str, best: Best
+) -> tuple[Tensor, Tensor]:
+    """Line 11: the proposal to follow, and its rival (N,). All that are evaluated are candidates for the best."""
+    value = torch.full(y.shape, -torch.inf, dtype=best.margin.dtype, device=y.device)
+    point, rival = torch.empty_like(best.points), y.clone()
+    for j, proposal in enumerate(proposals):
+        logits = oracle.logits(proposal)
+        best.update(proposal, logits)
+        own = logits.gather(1, rivals[:, j : j + 1])[:, 0]
+        if rule == "margin":
+            own = own - logits.gather(1, y[:, None])[:, 0]
+        better = own > value
+        value[better], point[better], rival[better] = own[better], proposal[better], rivals[better, j]
+    return point, rival

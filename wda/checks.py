@@ -1,0 +1,78 @@
+"""Checks of arguments: each returns the value in the type it is used in, or names it and says what is accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from numbers import Integral, Real
+
+__all__ = ["choice", "flag", "number", "whole"]
+
+
+def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """A whole number from `least` to `most`.
+
+    Examples
+    --------
+    >>> whole("steps", 3)
+    3
+    """
+    if (
+        not isinstance(value, Integral)
+        or isinstance(value, bool)
+        or int(value) < least
+        or (most is not None and int(value) > most)
+    ):
+        limits = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}={value!r}: a whole number {limits} is accepted")
+    return int(value)
+
+
+def number(name: str, value: object, accepted: str, least: float, most: float) -> float:
+    """A number from `least` to `most`; a string may be a fraction, as "8/255", or "inf".
+
+    Examples
+    --------
+    >>> number("eps", "1/4", "a number from 0 to 1", 0, 1)
+    0.25
+    """
+    try:
+        if isinstance(value, str):
+            result = math.inf if value.strip().lower() == "inf" else float(Fraction(value.strip()))
+        elif isinstance(value, Real) and not isinstance(value, bool):
+            result = float(value)
+        else:
+            raise TypeError(f"{name}={value!r}: {accepted} is accepted")
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"{name}={value!r}: {accepted} is accepted") from error
+    if not least <= result <= most:
+        raise ValueError(f"{name}={value!r}: {accepted} is accepted")
+    return result
+
+
+def choice(name: str, value: object, accepted: Iterable[str]) -> str:
+    """One of the strings `accepted`.
+
+    Examples
+    --------
+    >>> choice("rule", "margin", ("margin", "logit"))
+    'margin'
+    """
+    accepted = list(accepted)
+    if not isinstance(value, str) or value not in accepted:
+        raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, accepted))} is accepted")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False.
+
+    Examples
+    --------
+    >>> flag("random_start", True)
+    True
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: True or False is accepted")
+    return value

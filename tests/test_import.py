@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -16,3 +17,32 @@ def test_import_brings_in_no_optional_package() -> None:
     folder = Path(wda.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+LAYERS = [
+    {"checks", "errors", "files"},
+    {"norms", "losses"},
+    {"threat", "passes"},
+    {"data"},
+    {"models", "_transport"},
+    {"distribution"},
+    {"attacks"},
+    {"experiment", "figures"},
+    {"cli"},
+]
+
+
+def test_imports_go_one_way() -> None:
+    """A module imports only what stands on a line above its own in `LAYERS`, or within its own package."""
+    level = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    root = Path(wda.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        if path == root / "__init__.py":
+            continue
+        own = path.relative_to(root).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("wda"):
+                continue
+            modules = [alias.name for alias in node.names] if node.module == "wda" else [node.module.split(".")[1]]
+            for module in modules:
+                assert module == own or level[module] < level[own], f"{path.name} imports {module}"

@@ -59,12 +59,15 @@ def deepfool(
     for _ in range(steps):
         if not len(active):
             break
+        before = walk[active]
         walk[active] = clamp(
-            walk[active] + _step(oracle, walk[active], y[active], candidates[active], ball.norm, ball.box), ball.box
+            before + _step(oracle, before, y[active], candidates[active], ball.norm, ball.box), ball.box
         )
         ahead = clamp(x[active] + lengthened * (walk[active] - x[active]), ball.box)
         result[active] = ahead
-        active = active[margin(oracle.logits(ahead), y[active]) < 0]
+        # where no rival has a gradient nothing moves, nor ever will
+        moved = (walk[active] != before).flatten(1).any(1)
+        active = active[moved & (margin(oracle.logits(ahead), y[active]) < 0)]
     return result
 
 

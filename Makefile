@@ -80,9 +80,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/uv
 	$(UV) install -q -p $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Jupyter Book runs a chapter again when the chapter changes, not when what it imports or reads does. So when the
-# contents of wda/, data/ or the lock differ from the last build's, forget the executed cells and the parsed pages.
+# Jupyter Book runs a chapter again when the chapter changes, not when what it imports or reads does; and it copies the
+# static files only with a page. So when the contents of wda/, data/, book/_static/ or the lock differ from the last
+# build's, forget the executed cells and the parsed pages.
 _build/inputs: FORCE
 	@mkdir -p _build
-	@find wda data requirements.lock -type f ! -path '*/__pycache__/*' -exec cksum {} + | LC_ALL=C sort > $@.new
+	@find wda data book/_static requirements.lock -type f ! -path '*/__pycache__/*' -exec cksum {} + | LC_ALL=C sort > $@.new
 	@if cmp -s $@ $@.new; then rm $@.new; else rm -rf _build/.jupyter_cache _build/.doctrees && mv $@.new $@; fi

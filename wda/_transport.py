@@ -28,6 +28,10 @@ def exact_cost(blocks: Sequence[Block], n: int, norm: str, order: float) -> floa
     norm : {"Linf", "L2", "L1"}
     order : float
     """
+    try:
+        import ot  # noqa: F401
+    except ImportError as error:
+        raise ImportError("the exact distance needs the package POT: pip install 'wda[transport]'") from error
     distances = [_distances(start, end, norm).numpy() for start, end, _ in blocks]
     masses = [mass / mass.sum() for _, _, mass in blocks]
     if math.isinf(order):

@@ -88,6 +88,14 @@ def run(
     ------
     ValueError, TypeError, DataUnavailable, OSError
         The message names the argument, its value and what is accepted.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     records = run(n=10, attacks=["fgsm"], output=folder)
+    >>> records[0]["parameters"]["attack"], len(records[0]["samples"]["flipped"])
+    ('fgsm', 10)
     """
     threat = Threat(norm, eps, order)
     cells = _cells(attacks, kappas, threat.order)

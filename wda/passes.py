@@ -63,6 +63,13 @@ class Oracle:
     ----------
     forward, backward, vanished : int
         Rows passed forward, gradients taken, and those of them that were zero, since the start.
+
+    Examples
+    --------
+    >>> with Oracle(torch.nn.Linear(2, 3)) as oracle:
+    ...     logits = oracle.logits(torch.rand(4, 2))
+    >>> logits.shape, oracle.forward
+    (torch.Size([4, 3]), 4)
     """
 
     def __init__(self, model: Model) -> None:
@@ -177,6 +184,11 @@ def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tenso
         x is not a floating-point tensor, or y not an integer one.
     ValueError
         The sample is empty, shapes do not match, x has NaN or leaves the box, or a label is negative.
+
+    Examples
+    --------
+    >>> check_sample(torch.zeros(2, 3), torch.tensor([0, 1], dtype=torch.int32), (0.0, 1.0))
+    tensor([0, 1])
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x: a floating-point tensor (N, ...) is accepted, not {getattr(x, 'dtype', type(x).__name__)}")
@@ -220,6 +232,11 @@ def batches(n: int, size: int, label: str, progress: bool | None = None) -> Iter
     progress : bool or None
         True for a bar, False for none; None for a bar on a terminal and, elsewhere, a line in the log "wda" every
         ten seconds.
+
+    Examples
+    --------
+    >>> list(batches(5, 2, "counting", progress=False))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
     start = logged = time.monotonic()
     bar = sys.stderr.isatty() if progress is None else progress

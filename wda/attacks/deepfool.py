@@ -49,6 +49,13 @@ def deepfool(
     -------
     Tensor, shape (N, ...)
         Within the box; where the label changed, just behind a boundary.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, y = torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)
+    >>> deepfool(Oracle(torch.nn.Linear(2, 3)), x, y, Threat("L2", 0.1, order="inf")).shape
+    torch.Size([4, 2])
     """
     whole("steps", steps)
     lengthened = 1 + number("overshoot", overshoot, "a number from 0 to 1", 0, 1)

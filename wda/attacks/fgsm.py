@@ -31,6 +31,13 @@ def fgsm(oracle: Oracle, x: Tensor, y: Tensor, ball: Threat, *, loss: str = "ce"
     -------
     Tensor, shape (N, ...)
         Not yet projected onto the box.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, y = torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)
+    >>> fgsm(Oracle(torch.nn.Linear(2, 3)), x, y, Threat("L2", 0.1, order="inf")).shape
+    torch.Size([4, 2])
     """
     _, gradient = oracle.gradient(x, y, losses.get(loss))
     return x + ball.eps * dual_maximiser(free(gradient, x, ball.box), ball.norm)

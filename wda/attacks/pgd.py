@@ -49,6 +49,13 @@ def pgd(
     -------
     Tensor, shape (N, ...)
         The iterate of largest margin, the sample itself among them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, y = torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)
+    >>> pgd(Oracle(torch.nn.Linear(2, 3)), x, y, Threat("L2", 0.1, order="inf")).shape
+    torch.Size([4, 2])
     """
     lengths = step_lengths(whole("steps", steps), ball.eps, step_size)
     value = losses.get(loss)

@@ -59,6 +59,13 @@ def wda(
     Returns
     -------
     Tensor, shape (N, ...)
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, y = torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)
+    >>> wda(Oracle(torch.nn.Linear(2, 3)), x, y, Threat("L2", 0.1, order="inf")).shape
+    torch.Size([4, 2])
     """
     lengths = step_lengths(whole("steps", steps), ball.eps, step_size)
     whole("probe_steps", probe_steps, 1, steps)

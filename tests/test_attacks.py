@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import wda
-from wda import Threat, attack, attacks, passes
+from wda import Threat, attack, attacks, norms, passes
 from wda.attacks.search import uniform_start
 from wda.losses import margin
 from wda.norms import dual, norm
@@ -448,6 +448,22 @@ def test_every_loss_leads_across_a_near_boundary(method: str, loss: str) -> None
     assert adv.accuracy(model) <= 0.2
 
 
+@each_attack
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_box_whose_sides_the_dtype_rounds_stops_nothing_else(method: str, dtype: torch.dtype) -> None:
+    """At the lowest number within the box, the steepest coordinate is stopped and the other one goes on."""
+    box = (-0.1, 1.3)
+    low = norms.bounds(box, torch.zeros((), dtype=dtype))[0].item()
+    model = nn.Linear(2, 2).to(dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, 0.0], [-4.0, 1.0]]))
+        model.bias.copy_(torch.tensor([0.0, -1.0]))
+    x, y = torch.tensor([[low, 0.0]], dtype=dtype), torch.tensor([0])
+    adv = attack(method, model, x, y, Threat("L1", 1.2, order=math.inf, box=box))
+    assert adv.audit() > 0.5
+    assert adv.accuracy(model) == 0
+
+
 # -- progress --------------------------------------------------------------------------------------------------------
 
 
@@ -502,7 +518,7 @@ INF = Threat(order=math.inf)
 
 BAD = [
     # method, what is changed, the error, what its message names
-    ("fgsm", {"x": HIGH}, ValueError, r"x has values in .*1\.01\], outside box=\(0.0, 1.0\)"),
+    ("fgsm", {"x": HIGH}, ValueError, r"x has values in .*1\.0\d+\], outside box=\(0.0, 1.0\)"),
     ("fgsm", {"x": HIGH - 1, "threat": Threat(box=(-0.5, 1))}, ValueError, "x has values .*outside box"),
     ("fgsm", {"x": NAN}, ValueError, "x has NaN .*sample 1"),
     ("fgsm", {"x": NAN, "threat": Threat(box=None)}, ValueError, "x has NaN"),

@@ -426,3 +426,31 @@ def test_a_small_mass_counts_in_the_bottleneck(weight: float) -> None:
     x = torch.zeros(1, 1, dtype=torch.float64)
     adv = AdversarialDistribution.from_points(x, x + 0.5, torch.zeros(1, dtype=torch.int64), Threat("Linf", 1), weight)
     assert adv.wasserstein(math.inf) == 0.5
+
+
+@pytest.mark.parametrize("order", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("step", [1e-3, 1e-5])
+def test_small_moves_of_shuffled_samples_are_resolved(order: float, step: float) -> None:
+    """Samples swap places and move a little: the plan to find is short, the coupling given is long."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(60, 2, generator=generator, dtype=torch.float64)
+    near = x + step * torch.randn(60, 2, generator=generator, dtype=torch.float64)
+    swapped = near[torch.arange(60) ^ 1]
+    adv = AdversarialDistribution.from_points(x, swapped, torch.zeros(60, dtype=torch.int64), Threat("L2", 1, box=None))
+    cost = torch.cdist(x, swapped, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    scale = 4 * step
+    power = np.minimum((cost / scale) ** order, 1e6)
+    rows, columns = linear_sum_assignment(power)
+    best = scale * power[rows, columns].mean() ** (1 / order)
+    assert best < adv.transport_cost(order) / 10
+    assert adv.wasserstein(order) == pytest.approx(best, rel=1e-9)
+
+
+def test_a_mass_that_is_no_mass_is_named() -> None:
+    x, y = torch.zeros(2, 1), torch.tensor([0, 1])
+    for mass in (-0.1, math.nan):
+        adv = AdversarialDistribution(
+            x, y, Threat("L2", 1), x[1:] + 0.5, torch.tensor([mass], dtype=torch.float64), torch.tensor([1])
+        )
+        with pytest.raises(BudgetExceeded, match=f"moved from sample 1 has mass {mass}"):
+            adv.audit()

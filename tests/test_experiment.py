@@ -76,8 +76,21 @@ def test_table_names_what_differs_and_never_averages(folder: Path, tmp_path: Pat
         assert table.loc[(n, "digits-mlp", "W1 Linf 0.1"), "fgsm"] == pytest.approx(100 * one.accuracy.item())
 
 
+def test_two_results_in_one_place_are_an_error(folder: Path) -> None:
+    results = experiment.read(folder)
+    with pytest.raises(ValueError, match="two results are of"):
+        experiment.table(results.loc[[0, 1, 2, 0]].reset_index(drop=True))
+
+
+def test_a_foreign_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="no record"):
+        experiment.read(tmp_path)
+
+
 def test_a_rerun_gives_the_same_record_but_for_seconds(folder: Path, tmp_path: Path) -> None:
     experiment.run(n=40, attacks=["fgsm", "wda"], kappas=[1, 2], output=tmp_path, batch_size=7)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in tmp_path.iterdir()}
     for path in folder.iterdir():
         old, new = json.loads(path.read_text()), json.loads((tmp_path / path.name).read_text())
         for record in (old, new):
@@ -95,6 +108,7 @@ def test_a_rerun_gives_the_same_record_but_for_seconds(folder: Path, tmp_path: P
         ({"attacks": []}, ValueError, r"attacks=\[\]"),
         ({"attacks": 3}, ValueError, "attacks=3"),
         ({"kappas": 2}, ValueError, "kappas=2"),
+        ({"kappas": [1, 2, 1.0]}, ValueError, "each once"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"seed": -1}, ValueError, "seed=-1"),
         ({"device": "abacus"}, ValueError, "device='abacus'"),

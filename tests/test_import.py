@@ -41,8 +41,11 @@ def test_imports_go_one_way() -> None:
             continue
         own = path.relative_to(root).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.split(".")[0] == "wda" for alias in node.names), path.name
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("wda"):
                 continue
             modules = [alias.name for alias in node.names] if node.module == "wda" else [node.module.split(".")[1]]
+            modules = [module for module in modules if module != "__version__"]
             for module in modules:
                 assert module == own or level[module] < level[own], f"{path.name} imports {module}"

@@ -367,7 +367,7 @@ def test_projection_neither_overflows_nor_vanishes(name: str, scale: float) -> N
     point = torch.tensor([[3.0, -4.0]], dtype=torch.float64)
     expected = norms.project(point, torch.zeros_like(point), 1.0, name) * scale
     projected = norms.project(point * scale, torch.zeros_like(point), scale, name)
-    torch.testing.assert_close(projected / scale, expected / scale, rtol=1e-12, atol=0)
+    torch.testing.assert_close(projected / scale, expected / scale, rtol=1e-12, atol=1e-12)
 
 
 def test_a_projection_without_an_answer_is_an_error() -> None:
@@ -377,3 +377,23 @@ def test_a_projection_without_an_answer_is_an_error() -> None:
             norms.project(point, point, radius, "L1")
     with pytest.raises(ValueError, match="anchor leaves box"):
         norms.project(point + 1, point - 1, 1.0, "L2", (0.0, 1.0))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_projection_leaves_inner_points_as_they_are(name: str) -> None:
+    point = 0.1 * torch.randn(500, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(norms.project(point, torch.zeros_like(point), 10.0, name), point)
+
+
+@pytest.mark.parametrize("factor", [1.01, 1.5, 3.0])
+@pytest.mark.parametrize("name", NORMS)
+def test_round_inward_hides_no_missing_projection(name: str, factor: float) -> None:
+    anchor = torch.zeros(1, 4)
+    point = factor * norms.dual_maximiser(torch.ones(1, 4), name)
+    with pytest.raises(ValueError, match="more than rounding"):
+        norms.round_inward(point, anchor, 1.0, name)
+
+
+def test_a_box_without_a_number_is_an_error() -> None:
+    with pytest.raises(ValueError, match="has no number in it"):
+        norms.clamp(torch.zeros(1, 1, dtype=torch.float16), (0.1, 0.10001))

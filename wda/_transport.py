@@ -28,32 +28,26 @@ def exact_cost(blocks: Sequence[Block], n: int, norm: str, order: float) -> floa
     norm : {"Linf", "L2", "L1"}
     order : float
     """
-    try:
-        import ot  # noqa: F401
-    except ImportError as error:
-        raise ImportError("the exact distance needs the package POT: pip install 'wda[transport]'") from error
     distances = [_distances(start, end, norm).numpy() for start, end, _ in blocks]
     masses = [mass / mass.sum() for _, _, mass in blocks]
     if math.isinf(order):
         return max(_bottleneck(d, mass) for d, mass in zip(distances, masses, strict=True))
-    # high powers of distances spread over more digits than the solver has: relative to the bottleneck, what an optimal
-    # plan uses stays in sight; what exceeds 1/flow no plan can afford, and is cut there
-    if order > _HIGH:
-        scale = max(_bottleneck(d, mass) for d, mass in zip(distances, masses, strict=True))
-    else:
-        scale = max(float(d.max()) for d in distances)
-    if scale == 0:
-        return 0.0
-    total = 0.0
-    for d, mass in zip(distances, masses, strict=True):
+    # High powers of distances spread over more digits than the solver has. So the power is doubled until it is the
+    # order, each time in units of the longest distance that the plan before used. Where a plan exists whose distances
+    # are at most 1, an optimal one uses none of power above min(a, b): along a cycle that exchanges such an edge
+    # for edges of that plan, at most min(a, b) of them, the cost would fall. What is above is cut there.
+    scale, power = max(float(d.max()) for d in distances), 1.0
+    while scale > 0:
         with np.errstate(over="ignore"):
-            power = (d / scale) ** order
-        limit = 2 / min(1 / len(d), mass[mass > 0].min()) + 1
-        total += _cost(mass, np.minimum(power, limit)) * len(d) / n
-    return float(scale * max(total, 0.0) ** (1 / order))
-
-
-_HIGH = 4.0
+            costs = [np.minimum((d / scale) ** power, min(d.shape) + 1) for d in distances]
+        plans = [_plan(mass, cost) for mass, cost in zip(masses, costs, strict=True)]
+        if power == order:
+            parts = zip(plans, costs, strict=True)
+            total = sum(float((plan * cost).sum()) * len(cost) / n for plan, cost in parts)
+            return float(scale * total ** (1 / order))
+        scale = max(float(d[plan > 0].max()) for d, plan in zip(distances, plans, strict=True))
+        power = min(2 * power, order)
+    return 0.0
 
 
 def _distances(start: Tensor, end: Tensor, norm: str) -> Tensor:
@@ -61,14 +55,16 @@ def _distances(start: Tensor, end: Tensor, norm: str) -> Tensor:
     return torch.cdist(start, end, p=exponent(norm), compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _cost(mass: NDArray[np.float64], cost: NDArray[np.float64]) -> float:
-    """The least mean cost of moving equal masses on the rows to `mass` on the columns, each of sum one."""
-    import ot
-
+def _plan(mass: NDArray[np.float64], cost: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The cheapest way to move equal masses on the rows to `mass` on the columns, each of sum one."""
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError("the exact distance needs the package POT: pip install 'wda[transport]'") from error
     plan, log = ot.emd(ot.unif(len(cost)), mass, cost, numItermax=10_000_000, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"optimal transport did not finish: {log['warning']}")
-    return float((plan * cost).sum())
+    return np.asarray(plan)
 
 
 def _bottleneck(distance: NDArray[np.float64], mass: NDArray[np.float64]) -> float:
@@ -79,7 +75,8 @@ def _bottleneck(distance: NDArray[np.float64], mass: NDArray[np.float64]) -> flo
     low, high = 0, len(levels) - 1
     while low < high:
         middle = (low + high) // 2
-        if _cost(mass, (distance > levels[middle]).astype(float)) <= negligible:
+        beyond = distance > levels[middle]
+        if _plan(mass, beyond.astype(float))[beyond].sum() <= negligible:
             high = middle
         else:
             low = middle + 1

@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -285,9 +285,7 @@ class AdversarialDistribution:
         """
         threat = self.threat if threat is None else threat
         if threat.norm != self.threat.norm:
-            return AdversarialDistribution(
-                self.x, self.labels, threat, self.moved, self.moved_mass, self.moved_source
-            ).audit()
+            return replace(self, threat=threat).audit()
         self._audit_box(threat)
         self._audit_mass()
         cost = self.transport_cost(threat.order)
@@ -315,8 +313,13 @@ class AdversarialDistribution:
             )
 
     def _audit_mass(self) -> None:
+        if not (self.moved_mass >= 0).all():
+            bad = int((~(self.moved_mass >= 0)).nonzero()[0])
+            raise BudgetExceeded(
+                f"the atom moved from sample {int(self.moved_source[bad])} has mass {float(self.moved_mass[bad])}"
+            )
         worst = int(self._stayed.argmin())
-        if not self._stayed[worst] >= 0 or (self.moved_mass < 0).any():
+        if self._stayed[worst] < 0:
             raise BudgetExceeded(
                 f"sample {worst} gives away more than its mass 1/{len(self.x)}, by {-float(self._stayed[worst]):.3g}"
             )

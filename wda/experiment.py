@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from wda import __version__
 from wda.attacks import attack, available, check_kappa, options
 from wda.checks import choice, whole
 from wda.data import load as load_data
@@ -131,6 +132,9 @@ def _cells(names: Sequence[str], kappas: Sequence[float], order: float) -> list[
     for name in names:
         options(name)
     checked = [check_kappa(kappa, order) for kappa in kappas]
+    for name, values in (("attacks", names), ("kappas", checked)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name}={values!r}: each once is accepted")
     return [(name, kappa) for name in names for kappa in (checked if name == "wda" else [1.0])]
 
 
@@ -160,7 +164,8 @@ def _file_name(p: Mapping[str, Any]) -> str:
     """A name that differs wherever a result could: between threats, attacks, samples and seeds."""
     data, model = (re.sub(r"[^\w.-]+", "-", p[key].removesuffix(".npz")).strip(".-") for key in ("data", "model"))
     ball = f"{p['norm']}_{p['eps']!r}_W{p['order'].removesuffix('.0')}"
-    return f"{data}_{model}_{ball}_{p['attack']}_k{p['kappa']:g}_n{p['n']}_s{p['seed']}.json"
+    kappa = repr(p["kappa"]).removesuffix(".0")
+    return f"{data}_{model}_{ball}_{p['attack']}_k{kappa}_n{p['n']}_s{p['seed']}_{p['dtype']}.json"
 
 
 def _measure(adv: AdversarialDistribution, net: nn.Module, clean: Tensor, batch_size: int) -> dict[str, Any]:
@@ -206,8 +211,8 @@ _Z = 1.959963984540054
 def interval(mean: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval for the mean of n independent numbers in [0, 1].
 
-    Exact variance is that of 0-1 numbers, which is the largest possible for a given mean: for a mixture of
-    atoms the interval is wider than need be, never narrower.
+    It takes the variance of 0-1 numbers, the largest possible for a given mean: for a mixture of atoms the interval
+    is wider than need be, never narrower.
 
     Examples
     --------
@@ -223,7 +228,7 @@ def interval(mean: float, n: int) -> tuple[float, float]:
 def _provenance(device: str) -> dict[str, Any]:
     """Where a number is from: versions, the commit (with a + where files differ from it), the hardware used."""
     return {
-        "wda": _version(),
+        "wda": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -231,12 +236,6 @@ def _provenance(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
     }
-
-
-def _version() -> str:
-    import wda
-
-    return wda.__version__
 
 
 def _commit() -> str | None:
@@ -274,7 +273,10 @@ def read(folder: str | os.PathLike[str]) -> pd.DataFrame:
     files = sorted(Path(folder).glob("*.json"))
     if not files:
         raise FileNotFoundError(f"folder={str(folder)!r} holds no record")
-    return frame(json.loads(file.read_text(encoding="utf-8")) for file in files)
+    try:
+        return frame(json.loads(file.read_text(encoding="utf-8")) for file in files)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"folder={str(folder)!r} holds a .json file that is no record: {error!r}") from error
 
 
 def frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -306,8 +308,7 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
     results : DataFrame
         From `read` or `frame`.
     """
-    rows = _labelled(results)
-    keys = [key for key in ("data", "n", "seed") if rows[key].nunique() > 1] + ["model", "threat"]
+    rows, keys = _labelled(results)
     wide = rows.pivot(index=keys, columns="label", values="accuracy")[rows.label.unique()]
     wide.insert(0, "clean", rows.groupby(keys).clean_accuracy.first())
     wide.columns.name = None
@@ -316,22 +317,36 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
 
 def costs(results: pd.DataFrame) -> pd.DataFrame:
     """What each attack did: accuracy and its interval in per cent, transport cost, passes per sample."""
-    rows = _labelled(results).sort_values(["model", "threat"], kind="stable")
-    shown = rows[["model", "threat", "label", "accuracy", "transport_cost", "forward", "backward"]].copy()
+    rows, keys = _labelled(results)
+    rows = rows.sort_values(keys, kind="stable")
+    shown = rows[[*keys, "label", "accuracy", "transport_cost", "forward", "backward"]].copy()
     shown["accuracy"] = [f"{100 * a:.1f}" for a in rows.accuracy]
-    shown.insert(4, "interval", [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in rows.accuracy_interval])
+    shown.insert(
+        len(keys) + 2, "interval", [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in rows.accuracy_interval]
+    )
     return shown.rename(columns={"label": "attack"}).round({"transport_cost": 4, "forward": 1, "backward": 1})
 
 
-def _labelled(results: pd.DataFrame) -> pd.DataFrame:
-    """The results in the order of tables, with a `label` for the attack and one for the `threat`."""
+def _labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The results in the order of tables, labelled, and the columns that name a row of a table.
+
+    Raises
+    ------
+    ValueError
+        Two results would have the same place in a table.
+    """
     position = {name: place for place, name in enumerate(available())}
+    plain = {key: [repr(value).removesuffix(".0") for value in results[key].tolist()] for key in ("eps", "kappa")}
     order = results.order.str.removesuffix(".0")
-    return results.assign(
+    rows = results.assign(
         place=results.attack.map(position),
-        label=results.attack.where(results.attack != "wda", "wda κ=" + results.kappa.map("{:g}".format)),
-        threat="W" + order + " " + results.norm + " " + results.eps.map("{:g}".format),
-    ).sort_values(["place", "kappa", "data", "model", "threat", "n", "seed"])
+        label=[f"wda κ={k}" if name == "wda" else name for name, k in zip(results.attack, plain["kappa"], strict=True)],
+        threat="W" + order + " " + results.norm + " " + plain["eps"],
+    )
+    keys = [key for key in ("data", "n", "seed", "dtype") if rows[key].nunique() > 1] + ["model", "threat"]
+    if (twice := rows.duplicated([*keys, "label"])).any():
+        raise ValueError(f"two results are of {rows.loc[twice.idxmax(), [*keys, 'label']].to_dict()}")
+    return rows.sort_values(["place", "kappa"], kind="stable"), keys
 
 
 def run_notebook(path: str | os.PathLike[str], out: str | os.PathLike[str], **parameters: Any) -> None:

@@ -33,12 +33,13 @@ def accuracy_over_kappa(results: pd.DataFrame) -> Figure:
     Raises
     ------
     ValueError
-        No record is of the attack "wda", or the records are of several data sets.
+        No record is of the attack "wda", or they differ in data set, sample size or seed.
 
     Examples
     --------
     >>> import pandas as pd
-    >>> what = {"data": "d", "model": "m", "norm": "L2", "eps": 0.5, "order": "1.0", "attack": "wda", "kappa": 1.0}
+    >>> what = {"data": "d", "n": 9, "seed": 0, "model": "m", "attack": "wda", "kappa": 1.0}
+    >>> what |= {"norm": "L2", "eps": 0.5, "order": "1.0"}
     >>> found = {"accuracy": 0.5, "accuracy_interval": (0.4, 0.6), "clean_accuracy": 1.0}
     >>> figure = accuracy_over_kappa(pd.DataFrame([what | found]))
     >>> len(figure.axes)
@@ -47,8 +48,9 @@ def accuracy_over_kappa(results: pd.DataFrame) -> Figure:
     runs = results[results.attack == "wda"]
     if runs.empty:
         raise ValueError("results has no record of the attack 'wda'")
-    if runs.data.nunique() > 1:
-        raise ValueError(f"results is of the data sets {', '.join(runs.data.unique())}: those of one are accepted")
+    for key in ("data", "n", "seed"):
+        if runs[key].nunique() > 1:
+            raise ValueError(f"results has {key} {', '.join(map(str, runs[key].unique()))}: one is accepted")
     threats = list(runs.groupby(["order", "norm", "eps"]))
     looks = dict(zip(sorted(runs.model.unique()), itertools.cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
     figure, panels = plt.subplots(

@@ -25,8 +25,11 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Examples
     --------
-    >>> with write_atomically("/tmp/wda-example.txt") as file:
-    ...     _ = file.write(b"whole")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with write_atomically(Path(folder) / "new" / "file.txt") as file:
+    ...         _ = file.write(b"whole")
+    ...     (Path(folder) / "new" / "file.txt").read_bytes()
+    b'whole'
     """
     path = Path(path)
     try:

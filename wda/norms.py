@@ -15,6 +15,7 @@ from torch import Tensor
 from wda.checks import choice
 
 __all__ = [
+    "bounds",
     "clamp",
     "dual",
     "dual_maximiser",
@@ -138,9 +139,9 @@ def project(
     Parameters
     ----------
     points, anchor : Tensor, shape (N, ...)
-        The anchor lies in the box; else a ValueError.
+        The anchor lies in the box.
     radius : float or Tensor, shape (N,)
-        At least 0; else a ValueError.
+        At least 0.
     name : {"Linf", "L2", "L1"}
     box : (float, float) or None
 
@@ -148,6 +149,11 @@ def project(
     -------
     Tensor, shape (N, ...)
         In the dtype of `points`. Use `round_inward` where rounding must not leave the ball.
+
+    Raises
+    ------
+    ValueError
+        The radius is negative or NaN, or an anchor leaves the box.
 
     Examples
     --------
@@ -160,9 +166,9 @@ def project(
     limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))[:, None]
     if not bool((limit >= 0).all()):
         raise ValueError(f"radius={radius}: numbers >= 0 are accepted")
-    # in units of the longest coordinate, so that no square overflows or vanishes
-    unit = delta.abs().amax(1, keepdim=True)
-    unit = torch.where(unit > 0, unit, 1)
+    # in units of about the longest coordinate, so that no square overflows or vanishes; a power of two rounds nothing
+    longest = delta.abs().amax(1, keepdim=True)
+    unit = torch.where(longest > 0, longest / (2 * torch.frexp(longest).mantissa), 1)
     length, limit = delta.abs() / unit, limit / unit
     if box is None:
         room = torch.full_like(length, math.inf)
@@ -200,14 +206,30 @@ def clamp(points: Tensor, box: tuple[float, float] | None) -> Tensor:
     >>> bool(clamp(torch.tensor([2.0]), (0.0, 1.3)).double() <= 1.3)
     True
     """
-    if box is None:
-        return points
-    low, high = (torch.tensor(side, dtype=points.dtype, device=points.device) for side in box)
+    return points if box is None else points.clamp(*bounds(box, points))
+
+
+def bounds(box: tuple[float, float], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest number within the box, in the dtype and on the device of `like`.
+
+    Raises
+    ------
+    ValueError
+        The dtype has no number within the box.
+
+    Examples
+    --------
+    >>> bounds((0.0, 1.0), torch.zeros(1))
+    (tensor(0.), tensor(1.))
+    """
+    low, high = (torch.tensor(side, dtype=like.dtype, device=like.device) for side in box)
     if low.double() < box[0]:
         low = torch.nextafter(low, torch.full_like(low, math.inf))
     if high.double() > box[1]:
         high = torch.nextafter(high, torch.full_like(high, -math.inf))
-    return points.clamp(low, high)
+    if low > high:
+        raise ValueError(f"box={box}: {like.dtype} has no number in it")
+    return low, high
 
 
 def _shrink_l2(length: Tensor, room: Tensor, limit: Tensor) -> Tensor:
@@ -251,7 +273,7 @@ def _exclusive_cumsum(v: Tensor) -> Tensor:
 
 
 def round_inward(points: Tensor, anchor: Tensor, radius: float | Tensor, name: str) -> Tensor:
-    """Move points that rounding left outside the ball back inside it, one unit in the last place at a time.
+    """Move points that rounding left outside the ball back inside it, by as little as their dtype allows.
 
     Afterwards ``norm(points.double() - anchor.double(), name) <= radius`` holds exactly as computed in float64.
     Moving towards the anchor never leaves a box that holds both.
@@ -279,8 +301,15 @@ def round_inward(points: Tensor, anchor: Tensor, radius: float | Tensor, name: s
     True
     """
     limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))
+    excess = norm(points.double() - anchor.double(), name) - limit
+    size = (points.double().abs() + anchor.double().abs()).clamp(min=torch.finfo(points.dtype).tiny)
+    if bool((excess > 4 * torch.finfo(points.dtype).eps * norm(size, name)).any()):
+        raise ValueError(
+            f"points lie {float(excess.max()):.3g} outside the ball of radius {radius}, which is more than rounding; "
+            "project them first"
+        )
     result = points.clone()
-    for k in range(52):
+    for k in range(53):
         outside = norm(result.double() - anchor.double(), name) > limit
         if not outside.any():
             return result
@@ -291,10 +320,7 @@ def round_inward(points: Tensor, anchor: Tensor, radius: float | Tensor, name: s
         shrunk = shrunk.to(point.dtype)
         nearer = (shrunk.double() - start.double()).abs() < (step.double() - start.double()).abs()
         result[outside] = torch.where(nearer, shrunk, step)
-    worst = (norm(points.double() - anchor.double(), name) - limit).max().item()
-    raise ValueError(
-        f"points lie {worst:.3g} outside the ball of radius {radius}, which is more than rounding; project them first"
-    )
+    raise AssertionError("the last step halves every distance")
 
 
 def operator_norm(matrix: Tensor, r: str, s: str) -> float:

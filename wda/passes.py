@@ -205,8 +205,8 @@ def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tenso
         low, high = x.double().aminmax()
         if low < box[0] or high > box[1]:
             raise ValueError(
-                f"x has values in [{low.item():.6g}, {high.item():.6g}], outside box={box}: scale the inputs "
-                "(normalisation belongs inside the model), or give the threat another box"
+                f"x has values in [{low.item()!r}, {high.item()!r}], outside box={box}: scale the inputs "
+                "(normalisation belongs inside the model), give the threat another box, or take wda.norms.clamp(x, box)"
             )
     if int(y.min()) < 0:
         raise ValueError(f"y has the label {int(y.min())}: labels from 0 to K-1 are accepted")

@@ -132,11 +132,11 @@ def attack(
     if not isinstance(threat, Threat):
         raise TypeError(f"threat={threat!r}: a wda.Threat is accepted")
     kappa = check_kappa(kappa, threat.order)
+    seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
+    y = check_sample(x, y, threat.box)
     weight = 1.0 if math.isinf(threat.order) else kappa**-threat.order
     if weight < sys.float_info.min * len(x):
         raise ValueError(f"kappa={kappa!r} with order={threat.order:g}: the share kappa^-order is too small a number")
-    seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
-    y = check_sample(x, y, threat.box)
     if "seed" in inspect.signature(_ATTACKS[name]).parameters:
         parameters["seed"] = seed
 

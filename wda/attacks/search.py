@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wda.checks import number, whole
 from wda.losses import margin, rival_logits
-from wda.norms import exponent, project
+from wda.norms import bounds, exponent, project
 from wda.threat import Threat
 
 __all__ = ["Best", "free", "step_lengths", "top_rivals", "uniform_start"]
@@ -58,8 +58,8 @@ def free(gradient: Tensor, point: Tensor, box: tuple[float, float] | None) -> Te
     """
     if box is None:
         return gradient
-    low, high = box
-    slack = 1e-6 * (high - low)
+    low, high = bounds(box, point)
+    slack = 1e-6 * (box[1] - box[0])
     stopped = ((gradient > 0) & (point >= high - slack)) | ((gradient < 0) & (point <= low + slack))
     return gradient.masked_fill(stopped, 0)
 

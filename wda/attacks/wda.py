@@ -99,7 +99,7 @@ def _probe(
 ) -> tuple[Tensor, Tensor]:
     """Line 11: the proposal to follow, and its rival (N,). All that are evaluated are candidates for the best."""
     value = torch.full(y.shape, -torch.inf, dtype=best.margin.dtype, device=y.device)
-    point, rival = torch.empty_like(best.points), y.clone()
+    point, rival = best.points.clone(), rivals[:, 0].clone()
     for j, proposal in enumerate(proposals):
         logits = oracle.logits(proposal)
         best.update(proposal, logits)

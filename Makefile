@@ -8,6 +8,8 @@ UV   := $(BIN)/uv pip
 # MKL_DYNAMIC would otherwise let MKL take fewer than asked for.
 export OMP_NUM_THREADS ?= 2
 export MKL_DYNAMIC ?= FALSE
+# Threads that spin while they wait slow each other down beyond measure where other programs want the cores too.
+export OMP_WAIT_POLICY ?= PASSIVE
 # uv installs no bytecode; where this is set, every kernel and every test process would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 # `wda` and `jupytext` in a cell or a recipe are those of the environment.

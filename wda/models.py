@@ -8,19 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wda.checks import whole
 from wda.data import data_folder
 from wda.errors import DataUnavailable
 
-__all__ = ["Normalise", "Residual", "available", "build", "bundled", "card", "load"]
+__all__ = [
+    "Attention",
+    "Normalise",
+    "Position",
+    "Residual",
+    "TokenMean",
+    "Tokens",
+    "available",
+    "build",
+    "bundled",
+    "card",
+    "load",
+]
 
 
 def bundled() -> Path:
@@ -98,7 +112,7 @@ def load(name: str) -> nn.Module:
             f"model={name!r}: {weights} has the SHA-256 checksum {digest}, its card states {about['weights_sha256']}: "
             "the file is damaged or another one; fetch it again"
         )
-    return build(about["layers"], _read(weights), about.get("input", {})).eval()
+    return build(about["layers"], _read(weights), about.get("input", {}))
 
 
 def build(
@@ -106,13 +120,27 @@ def build(
     weights: Mapping[str, Tensor],
     about_input: Mapping[str, Any] | None = None,
 ) -> nn.Sequential:
-    """A network from a list of layers and the tensors they name.
+    """A network in evaluation mode from a list of layers and the tensors they name.
 
     Parameters
     ----------
     layers : sequence of mappings
-        Each with an ``op``: linear, conv2d, relu, gelu, sigmoid, softplus, flatten, maxpool2d (with ``size``), or
-        residual (with the lists ``branch`` and ``shortcut``).
+        Each with an ``op`` and its options. An option that is a tensor is given by the tensor's name.
+
+        ===================================== ==================================================================
+        op                                    options
+        ===================================== ==================================================================
+        relu, gelu, silu, sigmoid, softplus   none
+        flatten, tokens, meanpool             none
+        linear                                weight, bias (or null)
+        conv2d                                weight, bias (or null), stride (1), padding (0)
+        batchnorm2d                           weight, bias, mean, variance (fixed, from training), eps (1e-5)
+        maxpool2d, avgpool2d                  size
+        layernorm                             weight, bias, eps (1e-5); over the last axis
+        attention                             heads, qkv, qkv_bias (or null), output, output_bias (or null)
+        position                              embedding
+        residual                              branch and shortcut, both lists of layers; [] is the identity
+        ===================================== ==================================================================
     weights : mapping from names to tensors
     about_input : mapping, optional
         ``mean`` and ``std``, one number per channel, to normalise by inside the network.
@@ -120,7 +148,7 @@ def build(
     Raises
     ------
     ValueError
-        An unknown ``op``, or a tensor that is missing.
+        An unknown ``op`` or option, an option or a tensor that is missing, or a tensor of another shape.
 
     Examples
     --------
@@ -133,24 +161,36 @@ def build(
     mean, std = about.get("mean", [0.0]), about.get("std", [1.0])
     if any(m != 0 for m in mean) or any(s != 1 for s in std):
         modules.insert(0, Normalise(mean, std))
-    return nn.Sequential(*modules)
+    return nn.Sequential(*modules).eval()
 
 
 class Normalise(nn.Module):
-    """Subtract a mean and divide by a standard deviation, per channel."""
+    """Subtract a mean and divide by a standard deviation, per channel.
+
+    Parameters
+    ----------
+    mean, std : sequences of C numbers
+        Where C = 1, inputs of any shape are taken; else images of shape (N, C, H, W).
+
+    Examples
+    --------
+    >>> Normalise([0.5], [0.25])(torch.ones(1, 2))
+    tensor([[2., 2.]])
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean))
-        self.register_buffer("std", torch.tensor(std))
+        # the shape is settled here, not in forward, so that torch.fx can trace it
+        shape = (1,) if len(mean) == 1 else (-1, 1, 1)
+        self.register_buffer("mean", torch.tensor(mean).view(shape))
+        self.register_buffer("std", torch.tensor(std).view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x of shape (N, C, ...)."""
-        shape = (-1, *[1] * (x.ndim - 2))
-        return (x - self.mean.view(shape)) / self.std.view(shape)
+        """(x - mean) / std."""
+        return (x - self.mean) / self.std
 
 
 class Residual(nn.Module):
@@ -166,52 +206,194 @@ class Residual(nn.Module):
         return total
 
 
-_KEYS = {"linear": {"op", "weight", "bias"}, "conv2d": {"op", "weight", "bias", "stride", "padding"}}
-_PLAIN = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "sigmoid": nn.Sigmoid,
-    "softplus": nn.Softplus,
-    "flatten": nn.Flatten,
+class Tokens(nn.Module):
+    """Images of features as sequences: (N, d, H, W) to (N, H * W, d), row by row.
+
+    Examples
+    --------
+    >>> Tokens()(torch.zeros(1, 32, 4, 4)).shape
+    torch.Size([1, 16, 32])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One token of d features for each of the H * W places."""
+        return x.flatten(2).transpose(1, 2)
+
+
+class Position(nn.Module):
+    """Add a learnt vector to each token.
+
+    Parameters
+    ----------
+    embedding : Tensor, shape (T, d)
+        One vector for each of the T tokens.
+
+    Examples
+    --------
+    >>> Position(torch.eye(2))(torch.zeros(1, 2, 2)).tolist()
+    [[[1.0, 0.0], [0.0, 1.0]]]
+    """
+
+    def __init__(self, embedding: Tensor) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x + embedding, for x of shape (N, T, d)."""
+        return x + self.embedding
+
+
+class Attention(nn.Module):
+    r"""Multi-head self-attention (Vaswani et al. 2017): each token takes a weighted mean of the values of all.
+
+    In each head, :math:`\mathrm{softmax}(Q K^\top / \sqrt{h}) V`, with the queries Q, keys K and values V of that head
+    and their length h; the heads' results, side by side, pass through the output layer. The softmax makes convex
+    combinations, so the result is bounded where the values are.
+
+    Parameters
+    ----------
+    qkv : nn.Linear, d to 3 h heads
+        All queries, then all keys, then all values; within each, head after head.
+    output : nn.Linear, h heads to d
+    heads : int
+
+    Raises
+    ------
+    ValueError
+        The widths of the layers do not fit each other or the number of heads.
+
+    Examples
+    --------
+    >>> Attention(torch.nn.Linear(32, 96), torch.nn.Linear(32, 32), heads=4)(torch.rand(5, 16, 32)).shape
+    torch.Size([5, 16, 32])
+    """
+
+    def __init__(self, qkv: nn.Linear, output: nn.Linear, heads: int) -> None:
+        super().__init__()
+        heads = whole("heads", heads)
+        if qkv.out_features != 3 * output.in_features or output.in_features % heads:
+            raise ValueError(
+                f"qkv of width {qkv.out_features}, output from width {output.in_features}, heads={heads}: "
+                "3 h heads and h heads are accepted, h whole"
+            )
+        self.qkv, self.output, self.heads = qkv, output, heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend among the tokens of x, shape (N, T, d)."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)  # (N, heads, T, h)
+        result: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+class TokenMean(nn.Module):
+    """The mean over the tokens: (N, T, d) to (N, d).
+
+    Examples
+    --------
+    >>> TokenMean()(torch.eye(2)[None])
+    tensor([[0.5000, 0.5000]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean over axis 1."""
+        return x.mean(1)
+
+
+_Layer = Mapping[str, Any]
+_Weights = Mapping[str, Tensor]
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def _tensor(weights: _Weights, name: str) -> Tensor:
+    if name not in weights:
+        raise ValueError(f"the weights have no tensor {name!r} that the layers name")
+    return weights[name]
+
+
+def _filled(module: _M, weights: _Weights, **names: str | None) -> _M:
+    """The module with tensors in the place of its own; they keep their dtype."""
+    for own, name in names.items():
+        if name is None:
+            continue
+        old, new = getattr(module, own), _tensor(weights, name)
+        if new.shape != old.shape:
+            raise ValueError(f"{own}={name!r} of shape {tuple(new.shape)}: {tuple(old.shape)} is needed in {module}")
+        setattr(module, own, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    return module
+
+
+# Modules are made on the device "meta", without storage, so that nothing is drawn at random.
+
+
+def _linear(weights: _Weights, weight: str, bias: str | None = None) -> nn.Linear:
+    out, into = _tensor(weights, weight).shape
+    return _filled(nn.Linear(into, out, bias=bias is not None, device="meta"), weights, weight=weight, bias=bias)
+
+
+def _conv2d(weights: _Weights, weight: str, bias: str | None = None, stride: int = 1, padding: int = 0) -> nn.Conv2d:
+    out, into, *kernel = _tensor(weights, weight).shape
+    size = (kernel[0], kernel[1])
+    module = nn.Conv2d(into, out, size, stride, padding, bias=bias is not None, device="meta")
+    return _filled(module, weights, weight=weight, bias=bias)
+
+
+def _batchnorm2d(
+    weights: _Weights, weight: str, bias: str, mean: str, variance: str, eps: float = 1e-5
+) -> nn.BatchNorm2d:
+    module = nn.BatchNorm2d(len(_tensor(weights, weight)), eps)  # its counter of batches needs storage
+    return _filled(module, weights, weight=weight, bias=bias, running_mean=mean, running_var=variance)
+
+
+def _layernorm(weights: _Weights, weight: str, bias: str, eps: float = 1e-5) -> nn.LayerNorm:
+    module = nn.LayerNorm(len(_tensor(weights, weight)), eps, device="meta")
+    return _filled(module, weights, weight=weight, bias=bias)
+
+
+def _attention(
+    weights: _Weights, heads: int, qkv: str, output: str, qkv_bias: str | None = None, output_bias: str | None = None
+) -> Attention:
+    return Attention(_linear(weights, qkv, qkv_bias), _linear(weights, output, output_bias), heads)
+
+
+def _residual(weights: _Weights, branch: Sequence[_Layer], shortcut: Sequence[_Layer]) -> Residual:
+    return Residual(build(branch, weights), build(shortcut, weights))
+
+
+# What makes each layer: from the weights, with the layer's options as keywords.
+_OPS: dict[str, Callable[..., nn.Module]] = {
+    "relu": lambda _: nn.ReLU(),
+    "gelu": lambda _: nn.GELU(),
+    "silu": lambda _: nn.SiLU(),
+    "sigmoid": lambda _: nn.Sigmoid(),
+    "softplus": lambda _: nn.Softplus(),
+    "flatten": lambda _: nn.Flatten(),
+    "tokens": lambda _: Tokens(),
+    "meanpool": lambda _: TokenMean(),
+    "linear": _linear,
+    "conv2d": _conv2d,
+    "batchnorm2d": _batchnorm2d,
+    "maxpool2d": lambda _, size: nn.MaxPool2d(size),
+    "avgpool2d": lambda _, size: nn.AvgPool2d(size),
+    "layernorm": _layernorm,
+    "attention": _attention,
+    "position": lambda weights, embedding: Position(_tensor(weights, embedding)),
+    "residual": _residual,
 }
 
 
-def _module(layer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
-    op = layer["op"]
-    if op in _PLAIN:
-        plain: nn.Module = _PLAIN[op]()
-        return plain
-    if op == "maxpool2d":
-        return nn.MaxPool2d(layer["size"])
-    if op == "residual":
-        return Residual(build(layer["branch"], weights), build(layer["shortcut"], weights))
-    if op not in ("linear", "conv2d"):
-        raise ValueError(
-            f"op={op!r}: one of {', '.join([*_PLAIN, 'maxpool2d', 'residual', 'linear', 'conv2d'])} is accepted"
-        )
-    if unknown := layer.keys() - _KEYS[op]:
-        raise ValueError(f"layer {op!r} has {', '.join(sorted(unknown))}: {', '.join(sorted(_KEYS[op]))} are accepted")
+def _module(layer: _Layer, weights: _Weights) -> nn.Module:
+    options = dict(layer)
+    op = options.pop("op")
+    if op not in _OPS:
+        raise ValueError(f"op={op!r}: one of {', '.join(_OPS)} is accepted")
+    signature = inspect.signature(_OPS[op])
     try:
-        weight = weights[layer["weight"]]
-        bias = weights[layer["bias"]] if layer.get("bias") else None
-    except KeyError as error:
-        raise ValueError(f"the weights have no tensor {error} that the layers name") from error
-    module: nn.Linear | nn.Conv2d
-    if op == "linear":
-        module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    else:
-        out, into, *kernel = weight.shape
-        stride, padding = layer.get("stride", 1), layer.get("padding", 0)
-        module = nn.Conv2d(into, out, (kernel[0], kernel[1]), stride, padding, bias=bias is not None, device="meta")
-    # made without storage, so that nothing is drawn at random; the tensors keep their dtype
-    module.weight = nn.Parameter(weight)
-    if bias is not None:
-        if bias.shape != (len(weight),):
-            raise ValueError(
-                f"layer {op!r}: bias of shape {tuple(bias.shape)} for weight of shape {tuple(weight.shape)}"
-            )
-        module.bias = nn.Parameter(bias)
-    return module
+        signature.bind(weights, **options)
+    except TypeError as error:
+        accepted = ", ".join(list(signature.parameters)[1:]) or "no option"
+        raise ValueError(f"layer {op!r}: {error}; {accepted} is accepted") from error
+    return _OPS[op](weights, **options)
 
 
 def _card_path(name: str) -> Path:

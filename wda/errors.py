@@ -1,6 +1,6 @@
 """Errors that have a name of their own; every other bad argument is a `ValueError` or a `TypeError`."""
 
-__all__ = ["BudgetExceeded", "DataUnavailable"]
+__all__ = ["BudgetExceeded", "DataUnavailable", "NotPiecewiseAffine"]
 
 
 class BudgetExceeded(ValueError):
@@ -9,3 +9,7 @@ class BudgetExceeded(ValueError):
 
 class DataUnavailable(FileNotFoundError):
     """A data set or a model is not on this machine; the message says what to put where."""
+
+
+class NotPiecewiseAffine(ValueError):
+    """A network has a layer that the method asked for cannot treat; the message names it."""

@@ -1,0 +1,698 @@
+r"""A network as a graph of affine maps and activations: masks, Jacobians, and the recession network.
+
+`from_module` reads an ``nn.Module`` made of linear and convolutional layers, batch normalisation in evaluation mode,
+average and max pooling, reshapes, sums and activations. Between its activations such a network is affine, which is
+what every certificate here rests on. Everything is computed in float64, on the device of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from wda.errors import NotPiecewiseAffine
+from wda.models import Attention
+
+__all__ = ["Dense", "Net", "Node", "from_module"]
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Map = Callable[..., Tensor]
+
+# dense() pushes one unit vector per input and per hidden unit through the network
+_MAX_DENSE = 8192
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step of a network: a map applied to the values of earlier nodes.
+
+    Attributes
+    ----------
+    kind : {"affine", "sum", "activation", "maxpool", "bounded"}
+        "bounded": the output stays bounded however far the input goes (layer normalisation, and attention behind it).
+    name : str
+        The layer it was read from, for messages.
+    inputs : tuple of int
+        The values it takes; 0 is the input of the network, i + 1 the output of ``nodes[i]``.
+    shape : tuple of int
+        Of its output, for one sample.
+    call : callable
+        From values ``(N, ...)`` to the value ``(N, *shape)``.
+    linear, absolute : callable or None
+        For an affine node: the map without its bias, and with the absolute values of its weights.
+    activation : str
+        "relu", "gelu", "silu", "softplus" or "sigmoid" for an activation.
+    """
+
+    kind: str
+    name: str
+    inputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    call: Map
+    linear: Map | None = None
+    absolute: Map | None = None
+    activation: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Net:
+    r"""A network read by `from_module`.
+
+    Attributes
+    ----------
+    nodes : tuple of Node
+        In the order in which they are computed; the last one gives the logits.
+    shape : tuple of int
+        Of one input.
+    like : Tensor
+        An empty float64 tensor on the device of the weights.
+
+    Examples
+    --------
+    >>> net = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
+    >>> net.n, net.classes, net.units
+    (2, 2, (3,))
+    """
+
+    nodes: tuple[Node, ...]
+    shape: tuple[int, ...]
+    like: Tensor
+
+    @property
+    def n(self) -> int:
+        """The number of inputs."""
+        return math.prod(self.shape)
+
+    @property
+    def classes(self) -> int:
+        """The number of logits, K."""
+        return self.nodes[-1].shape[0]
+
+    @property
+    def activations(self) -> tuple[Node, ...]:
+        """The activation nodes, in order."""
+        return tuple(node for node in self.nodes if node.kind == "activation")
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """How many units each activation has."""
+        return tuple(math.prod(node.shape) for node in self.activations)
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """The input and the output of every node, at `x` (N, \\*shape) or (N, n)."""
+        if x.ndim < 2 or math.prod(x.shape[1:]) != self.n:
+            raise ValueError(f"x of shape {tuple(x.shape)}: inputs (N, {', '.join(map(str, self.shape))}) are accepted")
+        values = [x.to(self.like).reshape(-1, *self.shape)]
+        for node in self.nodes:
+            values.append(node.call(*(values[i] for i in node.inputs)))
+        return values
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (N, K) in float64."""
+        return self.values(x)[-1]
+
+    def preactivations(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What each activation is applied to, (N, units) each.
+
+        Examples
+        --------
+        >>> net = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
+        >>> [tuple(z.shape) for z in net.preactivations(torch.zeros(5, 2))]
+        [(5, 3)]
+        """
+        values = self.values(x)
+        return tuple(values[node.inputs[0]].flatten(1) for node in self.activations)
+
+    def masks(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Which units are on at `x` (Definition 3.1), bool (N, units) for each activation.
+
+        A unit with pre-activation 0 counts as off; there `x` lies on the border of its cell.
+
+        Examples
+        --------
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.ones_(layer.weight)
+        >>> from_module(nn.Sequential(layer, nn.ReLU())).masks(torch.tensor([[-1.0], [2.0]]))[0].tolist()
+        [[False], [True]]
+        """
+        return tuple(z > 0 for z in self.preactivations(x))
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        r"""The Jacobian of the logits at each `x`, (N, K, n): :math:`J_D` inside the cell of the mask D.
+
+        Examples
+        --------
+        >>> from_module(nn.Sequential(nn.Flatten(), nn.Identity()), shape=(2,)).jacobian(torch.zeros(1, 2)).tolist()
+        [[[1.0, 0.0], [0.0, 1.0]]]
+        """
+        point = x.detach().to(self.like).reshape(len(x), *self.shape).requires_grad_()
+        with torch.enable_grad():
+            logits = self(point)
+            rows = [
+                torch.autograd.grad(logits[:, k].sum(), point, retain_graph=True, materialize_grads=True)[0]
+                for k in range(self.classes)
+            ]
+        return torch.stack([row.flatten(1) for row in rows], dim=1)
+
+    def recession(self) -> Net:
+        r"""The recession network :math:`\theta^0`: every bias zero, every activation replaced by its limit.
+
+        :math:`\theta(x + \alpha u)/\alpha \to \theta^0(u)` for every x, since :math:`\sigma(\alpha s + b)/\alpha`
+        tends to the positive part of s for ReLU, GELU, SiLU and softplus, and to 0 for the sigmoid. What is bounded
+        tends to 0. The result is positively homogeneous.
+
+        Raises
+        ------
+        NotPiecewiseAffine
+            The attention layer named is not fed by a layer normalisation.
+
+        Examples
+        --------
+        >>> layer = nn.Linear(1, 1)
+        >>> _ = nn.init.ones_(layer.weight)
+        >>> from_module(nn.Sequential(layer, nn.GELU())).recession()(torch.tensor([[3.0], [-3.0]])).tolist()
+        [[3.0], [0.0]]
+        """
+        nodes: list[Node] = []
+        zero = {0: False}
+        for i, node in enumerate(self.nodes, 1):
+            still = all(zero[j] for j in node.inputs)
+            if node.name.startswith("Attention") and not still:
+                raise NotPiecewiseAffine(f"{node.name}: attention is bounded only behind a layer normalisation")
+            zero[i] = still or node.kind == "bounded" or node.activation == "sigmoid"
+            if zero[i]:
+                nodes.append(_zero(node))
+            elif node.kind == "affine":
+                assert node.linear is not None
+                nodes.append(replace(node, call=node.linear))
+            elif node.kind == "activation":
+                nodes.append(replace(node, call=functional.relu, activation="relu"))
+            else:
+                nodes.append(node)
+        return replace(self, nodes=tuple(nodes))
+
+    def rectified(self) -> Net:
+        """The ReLU network with the same weights and biases.
+
+        Examples
+        --------
+        >>> from_module(nn.Sequential(nn.Linear(1, 1), nn.SiLU())).rectified().activations[0].activation
+        'relu'
+        """
+        return replace(
+            self,
+            nodes=tuple(
+                replace(node, call=functional.relu, activation="relu") if node.kind == "activation" else node
+                for node in self.nodes
+            ),
+        )
+
+    def require(self, *kinds: str, why: str) -> None:
+        """Raise `NotPiecewiseAffine` for the first node of another kind; activations must be ReLU.
+
+        Parameters
+        ----------
+        *kinds : str
+            The node kinds that are accepted.
+        why : str
+            What needs this, for the message.
+
+        Examples
+        --------
+        >>> from_module(nn.Sequential(nn.Linear(1, 1), nn.ReLU())).require("affine", "activation", why="here")
+        """
+        for node in self.nodes:
+            if node.kind not in kinds:
+                raise NotPiecewiseAffine(f"{node.name}: {why} treats {', '.join(kinds)} layers only")
+            if node.kind == "activation" and node.activation != "relu":
+                raise NotPiecewiseAffine(f"{node.name}: {why} needs ReLU activations; see Net.rectified, Net.recession")
+
+    @cached_property
+    def dense(self) -> Dense:
+        """The same network as explicit matrices.
+
+        Raises
+        ------
+        NotPiecewiseAffine
+            It has max pooling or a bounded layer, which are no affine maps between activations.
+        ValueError
+            It has more than 8192 inputs and hidden units.
+
+        Examples
+        --------
+        >>> from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))).dense.bias[0].shape
+        (3,)
+        """
+        for node in self.nodes:
+            if node.kind in ("maxpool", "bounded"):
+                raise NotPiecewiseAffine(
+                    f"{node.name}: cells, mixed-integer programs and explicit matrices need a network of affine layers "
+                    "and elementwise activations; method='bounds' treats this layer"
+                )
+        if self.n + sum(self.units) > _MAX_DENSE:
+            raise ValueError(
+                f"the network has {self.n} inputs and {sum(self.units)} hidden units; up to {_MAX_DENSE} in all are "
+                "written as explicit matrices: use method='bounds'"
+            )
+        return _dense(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    r"""A network as matrices: what each activation sees of the input and of each earlier activation.
+
+    With :math:`a_0 = x`, the pre-activations are :math:`z_h = \sum_{j<h} W_{hj} a_j + b_h` and
+    :math:`a_h = \sigma_h(z_h)`, for h = 1, ..., H; the logits are :math:`z_{H+1}`. In a plain chain only
+    :math:`W_{h,h-1}` is not zero.
+
+    Attributes
+    ----------
+    weights : tuple of tuples of arrays
+        ``weights[h][j]`` is :math:`W_{h+1,j}`, (units of h + 1, units of j), for j = 0, ..., h; float64.
+    bias : tuple of arrays
+    activations : tuple of str
+
+    Examples
+    --------
+    >>> dense = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))).dense
+    >>> dense.weights[1][0].any(), dense.weights[1][1].shape
+    (np.False_, (2, 3))
+    """
+
+    weights: tuple[tuple[Array, ...], ...]
+    bias: tuple[Array, ...]
+    activations: tuple[str, ...]
+
+    @property
+    def n(self) -> int:
+        """The number of inputs."""
+        return int(self.weights[0][0].shape[1])
+
+    @property
+    def classes(self) -> int:
+        """The number of logits, K."""
+        return len(self.bias[-1])
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """The number of units of each hidden layer."""
+        return tuple(len(b) for b in self.bias[:-1])
+
+    def split(self, masks: Mask) -> list[Mask]:
+        """Masks (M, units in all) cut into one array per hidden layer."""
+        return np.split(masks, np.cumsum(self.units), axis=1)[:-1]
+
+    def layer(self, h: int, masks: Sequence[Mask]) -> tuple[Array, Array]:
+        """What layer `h` (0 the first, H the logits) sees, as an affine function of x, under given masks.
+
+        Parameters
+        ----------
+        h : int
+        masks : sequence of bool arrays (M, units)
+            Of the layers before h.
+
+        Returns
+        -------
+        arrays (M, units of h, n) and (M, units of h)
+
+        Examples
+        --------
+        >>> dense = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))).dense
+        >>> A, b = dense.layer(1, [np.zeros((1, 3), bool)])
+        >>> A.any(), np.array_equal(b[0], dense.bias[1])
+        (np.False_, True)
+        """
+        return self.forms(masks, h)[h]
+
+    def forms(self, masks: Sequence[Mask], last: int | None = None) -> list[tuple[Array, Array]]:
+        """`layer` for every layer from the first to `last`, by default to the logits."""
+        last = len(self.units) if last is None else last
+        count = len(masks[0]) if len(masks) else 1
+        forms: list[tuple[Array, Array]] = []
+        for h in range(last + 1):
+            A = np.broadcast_to(self.weights[h][0], (count, *self.weights[h][0].shape)).copy()
+            b = np.broadcast_to(self.bias[h], (count, len(self.bias[h]))).copy()
+            for j in range(h):
+                W = self.weights[h][j + 1]
+                if W.any():
+                    Aj, bj = forms[j]
+                    A += W @ np.where(masks[j][:, :, None], Aj, 0)
+                    b += np.where(masks[j], bj, 0) @ W.T
+            forms.append((A, b))
+        return forms
+
+    def affine(self, masks: Mask) -> tuple[Array, Array]:
+        r"""The logits on each cell, :math:`\theta(x) = J_D x + c_D`: arrays (M, K, n) and (M, K).
+
+        Parameters
+        ----------
+        masks : bool array, shape (M, units in all)
+
+        Examples
+        --------
+        >>> dense = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))).dense
+        >>> J, c = dense.affine(np.ones((4, 3), bool))
+        >>> J.shape, c.shape
+        ((4, 2, 2), (4, 2))
+        """
+        return self.forms(self.split(masks))[-1] if self.units else _repeat(self.forms([])[-1], len(masks))
+
+    def mask(self, x: Array) -> Mask:
+        """Which units are on at `x` (B, n): bool (B, units in all).
+
+        Examples
+        --------
+        >>> dense = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))).dense
+        >>> dense.mask(np.zeros((5, 2))).shape
+        (5, 3)
+        """
+        return np.concatenate([z > 0 for z in self.preactivations(x)[:-1]] or [np.empty((len(x), 0), bool)], axis=1)
+
+    def logits(self, x: Array) -> Array:
+        """The logits (B, K) at `x` (B, n) of the ReLU network.
+
+        Examples
+        --------
+        >>> dense = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))).dense
+        >>> dense.logits(np.zeros((5, 2))).shape
+        (5, 2)
+        """
+        return self.preactivations(x)[-1]
+
+    def preactivations(self, x: Array) -> list[Array]:
+        """What each layer sees at `x` (B, n) in the ReLU network; the last are the logits."""
+        seen: list[Array] = []
+        after = [x]
+        for W, b in zip(self.weights, self.bias, strict=True):
+            seen.append(sum((a @ w.T for a, w in zip(after, W, strict=True)), b))
+            after.append(np.maximum(seen[-1], 0))
+        return seen
+
+
+def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None) -> Net:
+    """Read a network; its weights are copied, the model stays as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Traceable by torch.fx; made of Linear, Conv2d, BatchNorm (taken in evaluation mode), AvgPool2d,
+        AdaptiveAvgPool2d, MaxPool2d, Flatten, Dropout, sums, constants that are added or multiplied by, and ReLU,
+        GELU, SiLU, Softplus or Sigmoid. LayerNorm and `wda.models.Attention` are read as bounded layers.
+    shape : sequence of int, optional
+        Of one input, without the batch. Needed unless the first layer is linear.
+
+    Returns
+    -------
+    Net
+
+    Raises
+    ------
+    NotPiecewiseAffine
+        Names the first layer that is none of these.
+    ValueError
+        The shape is missing, or the model does not accept it.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    >>> from_module(model, shape=(1, 4, 4)).units
+    (8,)
+    """
+    if isinstance(model, Net):
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}: a torch.nn.Module is accepted")
+    exact = copy.deepcopy(model).double().eval().requires_grad_(False)
+    shape = _input_shape(exact) if shape is None else tuple(int(side) for side in shape)
+    root = nn.Sequential(exact)
+    try:
+        graph = _Tracer().trace(root)
+    except Exception as error:
+        raise NotPiecewiseAffine(
+            f"{type(model).__name__}: its forward cannot be traced by torch.fx: {error}"
+        ) from error
+    like = next((p for p in exact.parameters()), torch.empty(0, dtype=torch.float64)).new_empty(0)
+    try:
+        net = _Reader(root, graph, shape, like).read()
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"shape={shape}: the model fails on an input of this shape: {error}") from error
+    probe = torch.linspace(0, 1, 2 * net.n).to(like).reshape(2, *shape)
+    if not torch.allclose(net(probe), root(probe), atol=1e-6, equal_nan=True):
+        raise NotPiecewiseAffine(f"{type(model).__name__}: its forward does more than its layers, or mixes samples")
+    return net
+
+
+def _input_shape(model: nn.Module) -> tuple[int, ...]:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            return (module.in_features,)
+        if isinstance(module, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d | nn.BatchNorm2d):
+            break
+    raise ValueError(
+        "shape=None: give the shape of one input, as shape=(1, 28, 28), where the first layer is not linear"
+    )
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Attention) or super().is_leaf_module(m, module_qualified_name)
+
+
+_ACTIVATIONS: dict[Any, str] = {
+    **dict.fromkeys([nn.ReLU, functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "relu_"], "relu"),
+    **dict.fromkeys([nn.GELU, functional.gelu], "gelu"),
+    **dict.fromkeys([nn.SiLU, functional.silu], "silu"),
+    **dict.fromkeys([nn.Softplus, functional.softplus], "softplus"),
+    **dict.fromkeys([nn.Sigmoid, torch.sigmoid, functional.sigmoid, "sigmoid"], "sigmoid"),
+}
+_RESHAPES = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, functional.dropout, nn.Flatten, nn.Unflatten}
+_RESHAPES |= {nn.Identity, nn.Dropout, nn.Dropout2d, "flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous"}
+# linear maps without weights, or with positive ones
+_POSITIVE = {nn.AvgPool2d, nn.AdaptiveAvgPool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d, torch.mean}
+_POSITIVE |= {torch.transpose, torch.permute, "mean", "transpose", "permute"}
+_DIFFERENCES = {operator.sub, operator.isub, torch.sub, "sub"}
+_QUOTIENTS = {operator.truediv, torch.div}
+_SUMS = {operator.add, operator.iadd, torch.add, "add", *_DIFFERENCES}
+
+
+class _Reader:
+    """Runs a traced graph on one zero input and writes down a node for each step that depends on it."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, shape: tuple[int, ...], like: Tensor) -> None:
+        self.root, self.graph, self.shape, self.like = root, graph, shape, like
+        self.nodes: list[Node] = []
+        self.known: dict[fx.Node, Any] = {}  # what each step of the graph gave
+        self.number: dict[fx.Node, int] = {}  # the value of the network that it is, if it depends on the input
+
+    def read(self) -> Net:
+        """The network."""
+        for step in self.graph.nodes:
+            if step.op == "placeholder":
+                self.known[step], self.number[step] = self.like.new_zeros(1, *self.shape), 0
+            elif step.op == "get_attr":
+                self.known[step] = operator.attrgetter(step.target)(self.root)
+            elif step.op == "output":
+                result = step.args[0]
+            else:
+                self._step(step)
+        if not isinstance(result, fx.Node) or result not in self.number or self.known[result].ndim != 2:
+            raise ValueError("the model does not return logits (N, K)")
+        if self.number[result] == 0:
+            return Net((Node("affine", "identity", (0,), self.shape, _same, _same, _same),), self.shape, self.like)
+        return Net(tuple(self.nodes[: self.number[result]]), self.shape, self.like)
+
+    def _step(self, step: fx.Node) -> None:
+        kind, name, function, module = self._what(step)
+        value = function(*fx.map_arg(step.args, self.known.get), **fx.map_arg(step.kwargs, self.known.get))
+        self.known[step] = value
+        sources = [node for node in step.all_input_nodes if node in self.number]
+        if not sources or not isinstance(value, Tensor):  # a constant, or a size
+            return
+        if kind in _SUMS and not step.kwargs:
+            self._sum(step, name, subtract=kind in _DIFFERENCES)
+            return
+        if kind not in _READ or len(sources) > 1 or (kind in _QUOTIENTS and step.args[0] not in sources):
+            raise NotPiecewiseAffine(f"{name}: this layer is not piecewise affine, or not known; known are {_KNOWN}")
+
+        def call(v: Tensor) -> Tensor:
+            arguments = fx.map_arg((step.args, step.kwargs), lambda node: v if node in sources else self.known[node])
+            result: Tensor = function(*arguments[0], **arguments[1])
+            return result
+
+        node = _READ[kind](kind, module, call, value)
+        self._append(step, replace(node, name=name, inputs=(self.number[sources[0]],)))
+
+    def _what(self, step: fx.Node) -> tuple[Any, str, Map, nn.Module | None]:
+        """What a step applies: its kind as in `_READ`, its name, the function, and the layer if it is one."""
+        if step.op == "call_module":
+            module = self.root.get_submodule(str(step.target))
+            kind: Any = next((t for t in type(module).__mro__ if t in _READ), type(module))
+            return kind, f"{type(module).__name__} '{str(step.target)[2:]}'", module, module
+        if step.op == "call_method":
+            method = str(step.target)
+            return method, method, lambda v, *args, **kwargs: getattr(v, method)(*args, **kwargs), None
+        assert callable(step.target)
+        return step.target, getattr(step.target, "__name__", str(step.target)), step.target, None
+
+    def _sum(self, step: fx.Node, name: str, subtract: bool) -> None:
+        terms: list[int] = []
+        shift: Any = 0.0
+        for sign, term in zip((1.0, -1.0 if subtract else 1.0), step.args, strict=True):
+            if isinstance(term, fx.Node) and term in self.number:
+                terms.append(self.number[term])
+                if sign < 0:
+                    minus = _scaling(self.known[term], self.like.new_tensor(-1.0))
+                    self.nodes.append(replace(minus, name=name, inputs=(terms[-1],)))
+                    terms[-1] = len(self.nodes)
+            else:
+                constant: Any = fx.map_arg(term, self.known.get)
+                shift = sign * constant
+        if len(terms) == 2:
+            node = Node("sum", name, tuple(terms), (), operator.add)
+        else:
+            node = Node("affine", name, tuple(terms), (), lambda v: v + shift, _same, _same)
+        self._append(step, replace(node, shape=tuple(self.known[step].shape[1:])))
+
+    def _append(self, step: fx.Node, node: Node) -> None:
+        self.nodes.append(node)
+        self.number[step] = len(self.nodes)
+
+
+def _same(v: Tensor) -> Tensor:
+    return v
+
+
+def _activation(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+    return Node("activation", "", (), tuple(value.shape[1:]), call, activation=_ACTIVATIONS[kind])
+
+
+def _reshape(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+    shape = tuple(value.shape[1:])
+    return _positive(kind, module, lambda v: v.reshape(len(v), *shape), value)
+
+
+def _positive(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+    return Node("affine", "", (), tuple(value.shape[1:]), call, call, call)
+
+
+def _linear(kind: Any, module: nn.Linear, call: Map, value: Tensor) -> Node:
+    weight = module.weight
+    return Node(
+        "affine", "", (), tuple(value.shape[1:]), call,
+        lambda v: functional.linear(v, weight), lambda v: functional.linear(v, weight.abs()),
+    )  # fmt: skip
+
+
+def _convolution(kind: Any, module: nn.Conv2d, call: Map, value: Tensor) -> Node:
+    if module.padding_mode != "zeros":
+        raise NotPiecewiseAffine(f"Conv2d with padding_mode={module.padding_mode!r}: 'zeros' is accepted")
+
+    def convolve(v: Tensor, weight: Tensor) -> Tensor:
+        return functional.conv2d(v, weight, None, module.stride, module.padding, module.dilation, module.groups)
+
+    weight = module.weight
+    return Node(
+        "affine", "", (), tuple(value.shape[1:]), call,
+        lambda v: convolve(v, weight), lambda v: convolve(v, weight.abs()),
+    )  # fmt: skip
+
+
+def _batch_norm(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+    if module.running_var is None:
+        raise NotPiecewiseAffine(f"{type(module).__name__} without running statistics depends on the batch")
+    scale = (module.running_var + module.eps).rsqrt()
+    scale = (scale if module.weight is None else scale * module.weight).view(-1, *[1] * (value.ndim - 2))
+    return replace(_scaling(value, scale), call=call)
+
+
+def _scale(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+    """A product with a constant, a quotient by one, or a change of sign."""
+    scale = call(torch.ones_like(value))
+    if not torch.equal(call(2 * torch.ones_like(value)), 2 * scale):
+        raise NotPiecewiseAffine(f"{kind.__name__}: the product of a value with itself is not affine")
+    return replace(_scaling(value, scale), call=call)
+
+
+def _scaling(value: Tensor, scale: Tensor) -> Node:
+    return Node(
+        "affine", "", (), tuple(value.shape[1:]), lambda v: v * scale, lambda v: v * scale, lambda v: v * scale.abs()
+    )
+
+
+def _max_pool(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+    return Node("maxpool", "", (), tuple(value.shape[1:]), call)
+
+
+def _bounded(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+    return Node("bounded", "", (), tuple(value.shape[1:]), call)
+
+
+def _zero(node: Node) -> Node:
+    def zero(*values: Tensor) -> Tensor:
+        return values[0].new_zeros(len(values[0]), *node.shape)
+
+    return Node("affine", node.name, node.inputs[:1], node.shape, zero, zero, zero)
+
+
+_READ: dict[Any, Callable[[Any, Any, Map, Tensor], Node]] = {
+    **dict.fromkeys(_ACTIVATIONS, _activation),
+    **dict.fromkeys(_RESHAPES, _reshape),
+    **dict.fromkeys(_POSITIVE, _positive),
+    nn.Linear: _linear,
+    nn.Conv2d: _convolution,
+    **dict.fromkeys([nn.BatchNorm1d, nn.BatchNorm2d], _batch_norm),
+    **dict.fromkeys([operator.mul, torch.mul, operator.neg, torch.neg, *_QUOTIENTS], _scale),
+    **dict.fromkeys([nn.MaxPool2d, functional.max_pool2d], _max_pool),
+    **dict.fromkeys([nn.LayerNorm, Attention], _bounded),
+}
+_KNOWN = ", ".join(sorted({kind.__name__ for kind in _READ if isinstance(kind, type)} | {"sums", "scalings"}))
+
+
+def _repeat(form: tuple[Array, Array], count: int) -> tuple[Array, Array]:
+    return tuple(np.broadcast_to(part, (count, *part.shape[1:])) for part in form)  # type: ignore[return-value]
+
+
+def _dense(net: Net) -> Dense:
+    """Push the unit vectors of the input and of each activation through what is affine."""
+    hidden = len(net.activations)
+    weights = [[np.empty(0)] * (h + 1) for h in range(hidden + 1)]
+    for j, units in enumerate((net.n, *net.units)):
+        for h, seen in enumerate(_replaced(net, j, torch.eye(units).to(net.like), biased=False)):
+            if h >= j:
+                weights[h][j] = seen.T.cpu().numpy()
+    bias = [seen[0].cpu().numpy() for seen in _replaced(net, 0, net.like.new_zeros(1, net.n), biased=True)]
+    names = tuple(node.activation for node in net.activations)
+    return Dense(tuple(tuple(row) for row in weights), tuple(bias), names)
+
+
+def _replaced(net: Net, source: int, value: Tensor, biased: bool) -> list[Tensor]:
+    """What each activation and the logits see if one source has a given value, and all others give 0.
+
+    Source 0 is the input and source j the output of activation j.
+    """
+    values = [value.new_zeros(len(value), *net.shape)]
+    if source == 0:
+        values[0] = value.reshape(-1, *net.shape)
+    seen = []
+    for node in net.nodes:
+        arguments = [values[i] for i in node.inputs]
+        if node.kind == "activation":
+            seen.append(arguments[0].flatten(1))
+            here = source == len(seen)
+            values.append(value.reshape(-1, *node.shape) if here else value.new_zeros(len(value), *node.shape))
+        else:
+            call = node.call if biased or node.linear is None else node.linear
+            values.append(call(*arguments))
+    return [*seen, values[-1]]

@@ -54,6 +54,8 @@ class Node:
         For an affine node: the map without its bias, and with the absolute values of its weights.
     activation : str
         "relu", "gelu", "silu", "softplus" or "sigmoid" for an activation.
+    layer : nn.Module or None
+        The Linear or Conv2d layer that an affine node was read from.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class Node:
     linear: Map | None = None
     absolute: Map | None = None
     activation: str = ""
+    layer: nn.Module | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -591,7 +594,7 @@ def _linear(kind: Any, module: nn.Linear, call: Map, value: Tensor) -> Node:
     weight = module.weight
     return Node(
         "affine", "", (), tuple(value.shape[1:]), call,
-        lambda v: functional.linear(v, weight), lambda v: functional.linear(v, weight.abs()),
+        lambda v: functional.linear(v, weight), lambda v: functional.linear(v, weight.abs()), layer=module,
     )  # fmt: skip
 
 
@@ -605,7 +608,7 @@ def _convolution(kind: Any, module: nn.Conv2d, call: Map, value: Tensor) -> Node
     weight = module.weight
     return Node(
         "affine", "", (), tuple(value.shape[1:]), call,
-        lambda v: convolve(v, weight), lambda v: convolve(v, weight.abs()),
+        lambda v: convolve(v, weight), lambda v: convolve(v, weight.abs()), layer=module,
     )  # fmt: skip
 
 

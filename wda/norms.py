@@ -24,6 +24,7 @@ __all__ = [
     "operator_norm",
     "project",
     "round_inward",
+    "support",
 ]
 
 _EXPONENTS = {"Linf": math.inf, "L2": 2.0, "L1": 1.0}
@@ -321,6 +322,58 @@ def round_inward(points: Tensor, anchor: Tensor, radius: float | Tensor, name: s
         nearer = (shrunk.double() - start.double()).abs() < (step.double() - start.double()).abs()
         result[outside] = torch.where(nearer, shrunk, step)
     raise AssertionError("the last step halves every distance")
+
+
+def support(
+    g: Tensor,
+    anchor: Tensor,
+    radius: float | Tensor,
+    name: str,
+    box: tuple[float, float] | None = None,
+) -> Tensor:
+    r"""How far the linear function g can grow from the anchor within the ball around it and the box.
+
+    The maximum of :math:`\langle g, x - a\rangle` subject to :math:`\|x - a\|_r \le R` and, if a box is given, to
+    :math:`\text{low} \le x \le \text{high}`. Without a box it is R times the dual norm of g. With one, coordinate j
+    has the room :math:`w_j` in the direction of :math:`g_j` and moves by :math:`\min(R, w_j)` for "Linf" and
+    :math:`\min(t|g_j|, w_j)` for "L2"; for "L1" the largest entries of g move first, each by all its room.
+
+    Parameters
+    ----------
+    g, anchor : Tensor, shape (N, ...)
+        The anchor lies in the box.
+    radius : float or Tensor, shape (N,)
+        At least 0.
+    name : {"Linf", "L2", "L1"}
+    box : (float, float) or None
+
+    Returns
+    -------
+    Tensor, shape (N,)
+
+    Examples
+    --------
+    >>> support(torch.tensor([[3.0, -4.0]]), torch.zeros(1, 2), 2.0, "L1")
+    tensor([8.])
+    >>> support(torch.tensor([[3.0, -4.0]]), torch.zeros(1, 2), 2.0, "L1", box=(-1.0, 1.0))
+    tensor([7.])
+    """
+    limit = torch.as_tensor(radius, dtype=g.dtype, device=g.device).expand(len(g))[:, None]
+    if box is None:
+        return limit[:, 0] * norm(g, dual(name))
+    slope, start = g.flatten(1), anchor.flatten(1)
+    room = torch.where(slope > 0, box[1] - start, start - box[0])
+    size = slope.abs()
+    if name == "Linf":
+        move = room.minimum(limit)
+    elif name == "L2":
+        inside = torch.linalg.vector_norm(room, dim=1) <= limit[:, 0]
+        move = torch.where(inside[:, None], room, _shrink_l2(size, room, limit))
+    else:
+        size, order = size.sort(dim=1, descending=True)
+        room = room.gather(1, order)
+        move = (limit - _exclusive_cumsum(room)).clamp(min=0).minimum(room)
+    return (size * move).sum(1)
 
 
 def operator_norm(matrix: Tensor, r: str, s: str) -> float:

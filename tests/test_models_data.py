@@ -275,6 +275,7 @@ def net(): return nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
 def number(): return 3
 def fails(): return nn.NoSuchLayer()
 """
+BROKEN = {"lacks": "import no_such_package", "typo": "def net(:", "early": "1 / 0"}
 
 
 @pytest.fixture
@@ -295,8 +296,9 @@ def test_a_function_of_ones_own_gives_a_model_in_evaluation_mode(own: str) -> No
     ("function", "error", "named"),
     [
         ("number", ValueError, "own_networks:number' returns int: a torch.nn.Module is needed"),
-        ("absent", DataUnavailable, "own_networks:absent'.* no attribute 'absent'"),
-        ("fails", AttributeError, "NoSuchLayer"),
+        ("absent", DataUnavailable, "own_networks:absent': .*own_networks.py has no function 'absent'"),
+        ("nn", DataUnavailable, "has no function 'nn'"),
+        ("fails", ValueError, r"own_networks:fails': fails\(\) fails: AttributeError: .*NoSuchLayer"),
     ],
 )
 def test_a_function_that_gives_no_model_is_named(own: str, function: str, error: type[Exception], named: str) -> None:
@@ -305,5 +307,24 @@ def test_a_function_that_gives_no_model_is_named(own: str, function: str, error:
 
 
 def test_a_module_that_is_not_there_is_named() -> None:
-    with pytest.raises(DataUnavailable, match=r"model='no_such_module:net'.*PYTHONPATH"):
+    with pytest.raises(DataUnavailable, match=r"model='no_such_module:net': there is no module .*PYTHONPATH"):
         models.load("no_such_module:net")
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [("lacks", "No module named 'no_such_package'"), ("typo", "SyntaxError"), ("early", "ZeroDivisionError")],
+)
+def test_a_module_that_does_not_import_says_why(
+    module: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{module}_networks.py").write_text(BROKEN[module])
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"model='{module}_networks:net': importing {module}_networks fails: .*{said}"):
+        models.load(f"{module}_networks:net")
+
+
+@pytest.mark.parametrize("name", ["my_module.py:net", ":net", "models/my_module.py:net"])
+def test_a_file_is_no_module(name: str) -> None:
+    with pytest.raises(ValueError, match=f"model='{name}': 'module:function' is accepted"):
+        models.load(name)

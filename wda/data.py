@@ -67,7 +67,15 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
 
 
 def data_folder() -> Path | None:
-    """The folder that ``WDA_DATA`` names, or None where the variable is not set."""
+    """The folder that ``WDA_DATA`` names, or None where the variable is not set.
+
+    Examples
+    --------
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, WDA_DATA="/mnt/data"):
+    ...     data_folder().name
+    'data'
+    """
     value = os.environ.get("WDA_DATA")
     return Path(value) if value else None
 
@@ -113,7 +121,7 @@ def _from_file(path: Path) -> tuple[Tensor, Tensor]:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("x", "y") if name in arrays}
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"data={str(path)!r} is no .npz file with arrays x and y: {error}") from error
+        raise ValueError(f"data={str(path)!r} is no .npz file with arrays x and y of numbers") from error
     if missing := {"x", "y"} - found.keys():
         raise ValueError(f"data={str(path)!r} has no array {' and no array '.join(sorted(missing))}: both are needed")
     x, y = found["x"], found["y"]

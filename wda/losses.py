@@ -40,7 +40,13 @@ def ce(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def rival_logits(logits: Tensor, y: Tensor) -> Tensor:
-    """The logits with that of the label set to minus infinity, shape (N, K)."""
+    """The logits with that of the label set to minus infinity, shape (N, K).
+
+    Examples
+    --------
+    >>> rival_logits(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1]))
+    tensor([[1., -inf, 2.]])
+    """
     return logits.scatter(1, y[:, None], -torch.inf)
 
 

@@ -38,7 +38,13 @@ __all__ = [
 
 
 def bundled() -> Path:
-    """The folder of the models that come with the package: inside an installed one, or in the checkout."""
+    """The folder of the models that come with the package: inside an installed one, or in the checkout.
+
+    Examples
+    --------
+    >>> (bundled() / "digits-mlp.json").is_file()
+    True
+    """
     inside = Path(__file__).parent / "_bundled"
     return inside if inside.is_dir() else Path(__file__).parents[1] / "data" / "models"
 
@@ -89,8 +95,8 @@ def load(name: str) -> nn.Module:
     DataUnavailable
         There is no such model here.
     ValueError
-        The weights do not have the checksum that the card states, or do not fit the layers; or the function
-        returns no module.
+        The weights do not have the checksum that the card states, or do not fit the layers; or the module cannot
+        be imported, or the function fails or returns no module.
 
     Examples
     --------
@@ -194,7 +200,13 @@ class Normalise(nn.Module):
 
 
 class Residual(nn.Module):
-    """The sum of a branch and a shortcut."""
+    """The sum of a branch and a shortcut.
+
+    Examples
+    --------
+    >>> Residual(nn.ReLU(), nn.Identity())(torch.tensor([[-1.0, 2.0]]))
+    tensor([[-1.,  4.]])
+    """
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
@@ -409,13 +421,25 @@ def _card_path(name: str) -> Path:
 
 def _from_function(name: str) -> nn.Module:
     module, _, function = name.partition(":")
+    if module.endswith(".py") or not module:
+        raise ValueError(f"model={name!r}: 'module:function' is accepted, as in 'my_module:my_function'")
     try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        functions = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(f"model={name!r}: importing {module} fails: {error}") from error
         raise DataUnavailable(
-            f"model={name!r}: {error}; the module must be importable from here (its folder on PYTHONPATH)"
+            f"model={name!r}: there is no module {error.name!r}; its folder must be the current one or on PYTHONPATH"
         ) from error
-    model = make()
+    except Exception as error:
+        raise ValueError(f"model={name!r}: importing {module} fails: {type(error).__name__}: {error}") from error
+    make = getattr(functions, function, None)
+    if not callable(make):
+        raise DataUnavailable(f"model={name!r}: {functions.__file__} has no function {function!r}")
+    try:
+        model = make()
+    except Exception as error:
+        raise ValueError(f"model={name!r}: {function}() fails: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={name!r} returns {type(model).__name__}: a torch.nn.Module is needed")
     return model.eval()

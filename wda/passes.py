@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +40,14 @@ class Counts:
         The share of the gradients that were zero: where it is large, the attack was blind, not the model robust.
     seconds : float
         By the clock on the wall.
+
+    Examples
+    --------
+    >>> import wda
+    >>> x, y = torch.rand(10, 2), torch.zeros(10, dtype=torch.int64)
+    >>> adv = wda.attack("fgsm", torch.nn.Linear(2, 3), x, y, wda.Threat("L2", 0.1))
+    >>> adv.counts.backward
+    1.0
     """
 
     forward: float = 0.0
@@ -94,7 +103,13 @@ class Oracle:
             module.training = training
 
     def to_model(self, x: Tensor) -> Tensor:
-        """The rows of `x` on the model's device; an error where the dtypes differ."""
+        """The rows of `x` on the model's device; an error where the dtypes differ.
+
+        Examples
+        --------
+        >>> Oracle(torch.nn.Linear(2, 3)).to_model(torch.rand(4, 2)).device
+        device(type='cpu')
+        """
         if not isinstance(self.model, nn.Module):
             return x
         for parameter in itertools.chain(self.model.parameters(), self.model.buffers()):
@@ -113,7 +128,16 @@ class Oracle:
             return self._call(x)
 
     def gradient(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Logits (N, K) and the gradient of each sample's loss, (N, ...): one forward and one backward pass."""
+        """Logits (N, K) and the gradient of each sample's loss, (N, ...): one forward and one backward pass.
+
+        Examples
+        --------
+        >>> from wda.losses import ce
+        >>> oracle = Oracle(torch.nn.Linear(2, 3))
+        >>> logits, gradient = oracle.gradient(torch.rand(4, 2), torch.zeros(4, dtype=torch.int64), ce)
+        >>> gradient.shape, oracle.backward
+        (torch.Size([4, 2]), 4)
+        """
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = self._call(x)
@@ -124,6 +148,13 @@ class Oracle:
         """Logits (N, K) and the gradients of z_j - z_y for the rivals j (N, m), as (N, m, ...).
 
         One forward pass, and one backward pass per rival.
+
+        Examples
+        --------
+        >>> oracle, y = Oracle(torch.nn.Linear(2, 3)), torch.zeros(4, dtype=torch.int64)
+        >>> logits, gradients = oracle.margin_gradients(torch.rand(4, 2), y, torch.tensor([[1, 2]] * 4))
+        >>> gradients.shape, oracle.backward
+        (torch.Size([4, 2, 2]), 8)
         """
         x = x.detach().requires_grad_()
         with torch.enable_grad():
@@ -134,16 +165,37 @@ class Oracle:
         return logits.detach(), torch.stack(rows, dim=1)
 
     def classes(self, x: Tensor) -> int:
-        """K, read off one sample."""
+        """K, read off one sample.
+
+        Examples
+        --------
+        >>> Oracle(torch.nn.Linear(2, 3)).classes(torch.rand(4, 2))
+        3
+        """
         return self.logits(x[:1]).shape[1]
 
     def counts(self, n: int, seconds: float) -> Counts:
-        """The passes so far, as means over `n` samples."""
+        """The passes so far, as means over `n` samples.
+
+        Examples
+        --------
+        >>> oracle = Oracle(torch.nn.Linear(2, 3))
+        >>> _ = oracle.logits(torch.rand(4, 2))
+        >>> oracle.counts(4, seconds=0.5)
+        Counts(forward=1.0, backward=0.0, vanished=0.0, seconds=0.5)
+        """
         vanished = self.vanished / self.backward if self.backward else 0.0
         return Counts(self.forward / n, self.backward / n, vanished, seconds)
 
     def _call(self, x: Tensor) -> Tensor:
-        logits = self.model(x.clone())  # a model may change its input in place
+        try:
+            logits = self.model(x.clone())  # a model may change its input in place
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"model(x) failed on x of shape {tuple(x.shape)}; images are (N, C, H, W): {error}"
+            ) from error
         self.forward += len(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(x) or logits.shape[1] < 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -191,9 +243,9 @@ def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tenso
     tensor([0, 1])
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x: a floating-point tensor (N, ...) is accepted, not {getattr(x, 'dtype', type(x).__name__)}")
+        raise TypeError(f"x: a floating-point tensor (N, ...) is accepted, not {_kind(x)}")
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"y: an integer tensor (N,) of labels is accepted, not {getattr(y, 'dtype', type(y).__name__)}")
+        raise TypeError(f"y: an integer tensor (N,) of labels is accepted, not {_kind(y)}")
     if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
         raise ValueError(f"x of shape {tuple(x.shape)}, y of shape {tuple(y.shape)}: (N, ...) and (N,) are accepted")
     if x.numel() == 0:
@@ -204,17 +256,35 @@ def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tenso
     if box is not None:
         low, high = x.double().aminmax()
         if low < box[0] or high > box[1]:
-            raise ValueError(
-                f"x has values in [{low.item()!r}, {high.item()!r}], outside box={box}: scale the inputs "
-                "(normalisation belongs inside the model), give the threat another box, or take wda.norms.clamp(x, box)"
-            )
+            if low >= 0 and 2 < high <= 255:
+                advice = "these look like bytes: divide by 255, or store them as uint8"
+            else:
+                advice = (
+                    "scale the inputs (normalisation belongs inside the model), take wda.norms.clamp(x, box), "
+                    "or give the threat another box"
+                )
+            raise ValueError(f"x has values in [{low.item()!r}, {high.item()!r}], outside box={box}: {advice}")
     if int(y.min()) < 0:
         raise ValueError(f"y has the label {int(y.min())}: labels from 0 to K-1 are accepted")
     return y.long()
 
 
+def _kind(value: object) -> str:
+    """What an argument is that should have been a tensor of another kind."""
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    if isinstance(value, np.ndarray):
+        return "numpy.ndarray; use torch.from_numpy"
+    return type(value).__name__
+
+
 def check_labels(y: Tensor, classes: int) -> None:
-    """Raise a `ValueError` if a label is not below the number of classes."""
+    """Raise a `ValueError` if a label is not below the number of classes.
+
+    Examples
+    --------
+    >>> check_labels(torch.tensor([0, 2]), 3)
+    """
     if int(y.max()) >= classes:
         raise ValueError(
             f"y has the label {int(y.max())}, the model has K={classes} classes: labels from 0 to K-1 are accepted"

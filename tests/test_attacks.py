@@ -489,6 +489,30 @@ def test_off_a_terminal_progress_goes_to_the_log(
     assert not capsys.readouterr().err
 
 
+def test_the_progress_of_a_distributional_attack_names_kappa(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x, y = affine(3)
+    for kappa, label in ((1, "wda W_1 Linf 8/255: "), (1.5, "wda κ=1.5 W_1 Linf 8/255: ")):
+        attack("wda", model, x, y, Threat(eps="8/255"), kappa=kappa, progress=True)
+        assert f"] {label}" in capsys.readouterr().err
+
+
+def test_the_models_own_error_is_kept() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(RuntimeError, match="failed on x of shape") as error:
+        attack("fgsm", nn.Linear(4, 2), X, Y, Threat())
+    assert "shapes" in str(error.value.__cause__)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no room$"):  # which callers catch, to halve the batch
+        attack("fgsm", fails, X, Y, Threat())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_search_beyond_the_box_is_not_warned_of() -> None:
+    model, x, y = affine(3)
+    attack("fgsm", model, x, y, Threat(eps=0.6), kappa=2)
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -526,7 +550,11 @@ BAD = [
     ("fgsm", {"x": X[:3]}, ValueError, "x of shape .3, 2, 3., y of shape .4,."),
     ("fgsm", {"x": X[:, 0, 0]}, ValueError, "x of shape .4,."),
     ("fgsm", {"x": (X > 0.5).long()}, TypeError, "x: .*not torch.int64"),
-    ("fgsm", {"x": X.numpy()}, TypeError, "x: a floating-point tensor"),
+    ("fgsm", {"x": X.numpy()}, TypeError, "x: a floating-point tensor .*not numpy.ndarray; use torch.from_numpy"),
+    ("fgsm", {"y": Y.numpy()}, TypeError, "y: an integer tensor .*not numpy.ndarray; use torch.from_numpy"),
+    ("fgsm", {"x": 255 * X}, ValueError, "outside box=.*divide by 255, or store them as uint8"),
+    ("fgsm", {"x": 4 * X - 2}, ValueError, "outside box=.*normalisation belongs inside the model"),
+    ("fgsm", {"model": nn.Linear(4, 2)}, RuntimeError, r"model\(x\) failed on x of shape .*\(N, C, H, W\): "),
     ("fgsm", {"x": X.double()}, TypeError, "x has dtype torch.float64, the model torch.float32"),
     ("fgsm", {"y": Y + 1}, ValueError, "y has the label 3, the model has K=3"),
     ("fgsm", {"y": Y - 1}, ValueError, "y has the label -1"),

@@ -299,15 +299,57 @@ def test_audit_in_another_ball() -> None:
         adv.audit(Threat("L1", eps=0.9))
     with pytest.raises(BudgetExceeded, match=r"W_1 Linf 0\.4"):
         adv.audit(Threat("Linf", eps=0.4))
-    with pytest.raises(BudgetExceeded, match="box"):
-        adv.audit(Threat("Linf", eps=0.5, box=(0.0, 0.4)))
+    with pytest.raises(BudgetExceeded, match="leaves box"):
+        adv.audit(Threat("Linf", eps=0.4, box=(0.0, 0.4)))
 
 
 @pytest.mark.parametrize("outside", [math.nextafter(1, 2), -5e-324])
 def test_audit_of_the_box_has_no_tolerance(outside: float) -> None:
     adv = from_points(column(0.5, 0.5), column(0.6, outside), labels(0, 0), Threat(eps=1.0))
-    with pytest.raises(BudgetExceeded, match=r"atom from sample 1 leaves box=\(0.0, 1.0\) by"):
+    with pytest.raises(BudgetExceeded, match=r"atom from sample 1 leaves box=\(0.0, 1.0\) by .*wda.norms.clamp"):
         adv.audit()
+    assert from_points(adv.x, wda.norms.clamp(adv.x_adv, (0, 1)), labels(0, 0), Threat(eps=1.0)).audit() < 1
+
+
+def own_attack(seed: int, norm: str, dtype: torch.dtype, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
+    """Images and, about kappa * eps away from them, points as one writes them: neither projected nor rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(49, 1, 8, 8, generator=generator).to(dtype)
+    direction = wda.norms.dual_maximiser(torch.randn(x.shape, generator=generator).to(dtype), norm)
+    return x, x + kappa * eps * direction
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("norm", "order", "kappa"), [("Linf", 1, 1), ("Linf", 2, 2), ("L2", math.inf, 1), ("L1", 1, 3)]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_advice_on_rounding_works(norm: str, order: float, kappa: float, dtype: torch.dtype, seed: int) -> None:
+    """The expression in the message is run as it stands; R is the one it states."""
+    eps = 8 / 255
+    x, x_adv = own_attack(seed, norm, dtype, eps, kappa)
+    y, threat = torch.zeros(49, dtype=torch.int64), Threat(norm, eps, order, box=None)
+    share = 1.0 if math.isinf(order) else kappa**-order
+    # a millionth more than allowed, as single precision may make it
+    with pytest.raises(BudgetExceeded, match="this is rounding") as error:
+        from_points(x, x + (1 + 1e-6) * (x_adv - x), y, threat, share).audit()
+    assert f"R = (1 - 1e-9) * eps, or kappa times that where each sample moves the share kappa**-{'order'}" in str(
+        error.value
+    )
+    expression = str(error.value).split("use ")[1].split(" with R")[0]
+    inside = eval(expression, {"wda": wda, "x": x, "x_adv": x_adv, "R": kappa * (1 - 1e-9) * eps})
+    assert from_points(x, inside, y, threat, share).audit() <= eps
+
+
+def test_more_than_rounding_is_not_called_so() -> None:
+    x, x_adv = own_attack(0, "Linf", torch.float32, 8 / 255, 1.0001)
+    with pytest.raises(BudgetExceeded) as error:
+        from_points(x, x_adv, torch.zeros(49, dtype=torch.int64), Threat("Linf", "8/255", box=None)).audit()
+    assert "rounding" not in str(error.value)
+
+
+def test_a_distribution_shows_its_size_and_its_ball(two_moves: AdversarialDistribution) -> None:
+    assert repr(two_moves) == "AdversarialDistribution(2 samples, 2 moved atoms, W_1 L2 0.5)"
 
 
 @pytest.mark.parametrize("masses", [(0.25, 0.2500001), (0.6, -0.1), (-0.1, 0.2), (math.nan, 0.1)], ids=str)
@@ -362,8 +404,11 @@ def test_load_says_that_a_file_is_of_another_kind(tmp_path: Path, kind: str) -> 
     random_distribution(0).save(tmp_path / "whole.npz")
     path = tmp_path / "other.npz"
     OTHER_KINDS[kind](path, (tmp_path / "whole.npz").read_bytes())
-    with pytest.raises(ValueError, match=r"path='.*other.npz' is no saved AdversarialDistribution"):
+    with pytest.raises(
+        ValueError, match=r"path='.*other.npz' is no saved AdversarialDistribution.*written by adv.save"
+    ) as error:
         AdversarialDistribution.load(path)
+    assert "pickle" not in str(error.value)  # NumPy's advice for such a file is to load it unsafely
 
 
 def test_load_of_a_missing_file_says_so(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from wda import Threat
     ],
 )
 def test_eps_becomes_a_float(given: object, eps: float) -> None:
-    parsed = Threat(eps=given).eps
+    parsed = Threat("L2", eps=given).eps
     assert type(parsed) is float
     assert parsed == eps
 
@@ -76,7 +76,29 @@ def test_the_defaults_are_those_of_the_design() -> None:
 
 
 @pytest.mark.parametrize(
-    ("threat", "text"), [(Threat("L1", 0.25, 1.5), "W_1.5 L1 0.25"), (Threat(order="inf"), "W_inf Linf 0.03137")]
+    ("threat", "text"),
+    [
+        (Threat("L1", 0.25, 1.5), "W_1.5 L1 0.25"),
+        (Threat(order="inf"), "W_inf Linf 8/255"),
+        (Threat("L2", "128/255"), "W_1 L2 128/255"),
+        (Threat("L2", 0.2), "W_1 L2 0.2"),  # 51/255 too, but shorter so
+        (Threat("L2", 3), "W_1 L2 3"),
+        (Threat("L2", 0.031372549), "W_1 L2 0.031372549"),
+        (Threat(eps=0), "W_1 Linf 0"),
+    ],
 )
 def test_a_threat_shows_order_norm_and_radius(threat: Threat, text: str) -> None:
     assert str(threat) == text
+    assert Threat(threat.norm, text.split()[2], threat.order) == threat
+
+
+@pytest.mark.parametrize(("eps", "box"), [(8, (0, 1)), (1.1, (0, 1)), (0.5, (0, 0.4)), (2.5, (-1, 1))])
+def test_a_linf_radius_beyond_the_box_is_warned_of(eps: float, box: tuple[float, float]) -> None:
+    with pytest.warns(UserWarning, match=r"eps=.* is more than the width of box=.*did you mean '8/255'") as warned:
+        Threat("Linf", eps, box=box)
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_radius_that_the_box_may_need_is_not_warned_of() -> None:
+    Threat("Linf", 1), Threat("L2", 8), Threat("L1", 64), Threat("Linf", 8, box=None), Threat("Linf", 2, box=(-1, 1))

@@ -95,6 +95,21 @@ class AdversarialDistribution:
         ValueError, TypeError
             The sample is no sample in the box, shapes or dtypes differ, x_adv is not finite, or a weight is
             outside [0, 1].
+
+        Examples
+        --------
+        In single precision x + 0.1 is not always within 0.1 of x. So an attack of one's own ends with an exact
+        projection and a rounding towards x, onto a radius a hair below eps:
+
+        >>> from wda.norms import project, round_inward
+        >>> x, y = torch.rand(50, 1, 8, 8), torch.zeros(50, dtype=torch.int64)
+        >>> x_adv = x + 0.1 * torch.randn_like(x).sign()
+        >>> threat = Threat("Linf", eps=0.1)
+        >>> radius = (1 - 1e-9) * threat.eps
+        >>> x_adv = project(x_adv, x, radius, "Linf", threat.box)
+        >>> x_adv = round_inward(x_adv, x, radius, "Linf")
+        >>> AdversarialDistribution.from_points(x, x_adv, y, threat).audit() <= 0.1
+        True
         """
         y = check_sample(x, y, threat.box).to(x.device)
         if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or x_adv.dtype != x.dtype:
@@ -123,6 +138,9 @@ class AdversarialDistribution:
         if not self.moved.isfinite().all():
             bad = int((~self.moved.isfinite()).flatten(1).any(1).nonzero()[0])
             raise ValueError(f"the atom moved from sample {int(self.moved_source[bad])} has NaN or infinite values")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.x)} samples, {len(self.moved)} moved atoms, {self.threat})"
 
     # -- atoms ---------------------------------------------------------------------------------------------------
 
@@ -183,7 +201,15 @@ class AdversarialDistribution:
     # -- what it does to a model ---------------------------------------------------------------------------------
 
     def logits(self, model: Model, batch_size: int = 256) -> Tensor:
-        """The model's logits at the M atoms, (M, K), on the CPU."""
+        """The model's logits at the M atoms, (M, K), on the CPU.
+
+        Examples
+        --------
+        >>> x, y = torch.zeros(2, 1), torch.tensor([0, 1])
+        >>> adv = AdversarialDistribution.from_points(x, x + 1, y, Threat("L2", eps=1.0))
+        >>> adv.logits(torch.nn.Linear(1, 3)).shape
+        torch.Size([2, 3])
+        """
         whole("batch_size", batch_size)
         points, rows = self.points, batches(len(self.mass), batch_size, "evaluation", progress=False)
         with Oracle(model) as oracle:
@@ -192,25 +218,56 @@ class AdversarialDistribution:
         return logits
 
     def mean(self, values: Tensor) -> float:
-        """The expectation of a quantity that has `values` (M,) at the atoms, summed exactly."""
+        """The expectation of a quantity that has `values` (M,) at the atoms, summed exactly.
+
+        Examples
+        --------
+        >>> x, y = torch.zeros(2, 1), torch.tensor([0, 1])
+        >>> adv = AdversarialDistribution.from_points(x, x + 1, y, Threat("L2", eps=1.0), weight=0.25)
+        >>> adv.mean(adv.points[:, 0])
+        0.25
+        """
         return math.fsum((values.double().cpu() * self.mass.cpu()).tolist())
 
     def accuracy(self, model: Model, batch_size: int = 256) -> float:
         """The mass of the atoms that `model` classifies correctly, in [0, 1].
 
         An atom is correct if its label is strictly the largest logit; ties are errors.
+
+        Examples
+        --------
+        >>> x, y = torch.zeros(2, 1), torch.tensor([0, 1])
+        >>> adv = AdversarialDistribution.from_points(x, x + 1, y, Threat("L2", eps=1.0), weight=0.25)
+        >>> adv.accuracy(lambda x: torch.cat([torch.full_like(x, 0.5), x], dim=1))  # class 1 where x > 1/2
+        0.5
         """
         return self.mean(margin(self.logits(model, batch_size), self.y.cpu()) < 0)
 
     def risk(self, model: Model, loss: str = "ce", batch_size: int = 256) -> float:
-        """The expected loss; `loss` is one of "ce", "margin", "dlr", "redlr"."""
+        """The expected loss; `loss` is one of "ce", "margin", "dlr", "redlr".
+
+        Examples
+        --------
+        >>> x, y = torch.zeros(2, 1), torch.tensor([0, 0])
+        >>> adv = AdversarialDistribution.from_points(x, x + 1, y, Threat("L2", eps=1.0), weight=0.25)
+        >>> adv.risk(lambda x: torch.cat([torch.full_like(x, 0.5), x], dim=1), "margin")  # x - 1/2 for the label 0
+        -0.25
+        """
         value = get(loss)
         return self.mean(value(self.logits(model, batch_size), self.y.cpu()))
 
     # -- what it costs -------------------------------------------------------------------------------------------
 
     def distances(self) -> Tensor:
-        """How far each moved atom is from its sample in the threat's norm, float64 (M',)."""
+        """How far each moved atom is from its sample in the threat's norm, float64 (M',).
+
+        Examples
+        --------
+        >>> x, x_adv = torch.zeros(2, 2), torch.tensor([[0.3, 0.4], [0.0, 0.0]])
+        >>> adv = AdversarialDistribution.from_points(x, x_adv, torch.tensor([0, 1]), Threat("L2", eps=1.0))
+        >>> adv.distances()
+        tensor([0.5000], dtype=torch.float64)
+        """
         return norm(self.moved.double() - self.x[self.moved_source].double(), self.threat.norm)
 
     def transport_cost(self, order: float | None = None) -> float:
@@ -220,6 +277,13 @@ class AdversarialDistribution:
         ----------
         order : float, optional
             p >= 1 or ``math.inf``; by default the threat's.
+
+        Examples
+        --------
+        >>> x, y = torch.zeros(2, 1), torch.tensor([0, 1])
+        >>> adv = AdversarialDistribution.from_points(x, x + 1, y, Threat("L2", eps=1.0), weight=0.25)
+        >>> adv.transport_cost(), adv.transport_cost(2), adv.transport_cost(math.inf)
+        (0.25, 0.5, 1.0)
         """
         p = self._order(order)
         d = self.distances()
@@ -248,6 +312,15 @@ class AdversarialDistribution:
         -------
         float
             The cost of the plan that the solver found, computed in float64; never more than `transport_cost`.
+
+        Examples
+        --------
+        Two samples of one label that swap places cost nothing:
+
+        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 0])
+        >>> adv = AdversarialDistribution.from_points(x, 1 - x, y, Threat("L2", eps=1.0))
+        >>> adv.transport_cost(), adv.wasserstein()
+        (1.0, 0.0)
         """
         from wda._transport import exact_cost
 
@@ -282,6 +355,17 @@ class AdversarialDistribution:
         ------
         BudgetExceeded
             The message names the worst offender and the excess.
+
+        Examples
+        --------
+        >>> x, y = torch.zeros(2, 1), torch.tensor([0, 1])
+        >>> adv = AdversarialDistribution.from_points(x, x + 1, y, Threat("L2", eps=0.5), weight=0.25)
+        >>> adv.audit()
+        0.25
+        >>> adv.audit(Threat("L2", eps=0.5, order="inf"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        wda.errors.BudgetExceeded: transport cost 1.0 exceeds eps=0.5 of W_inf L2 0.5 by 0.5; ...
         """
         threat = self.threat if threat is None else threat
         if threat.norm != self.threat.norm:
@@ -293,11 +377,14 @@ class AdversarialDistribution:
             d = self.distances()
             share = d if math.isinf(threat.order) else self.moved_mass * (d / d.max()) ** threat.order
             worst = int(share.argmax())
-            raise BudgetExceeded(
+            message = (
                 f"transport cost {cost!r} exceeds eps={threat.eps!r} of {threat} by {cost - threat.eps:.3g}; "
                 f"the most comes from sample {int(self.moved_source[worst])}, moved by {float(d[worst])!r} "
                 f"with mass {float(self.moved_mass[worst])!r}"
             )
+            if cost - threat.eps < _ROUNDING * threat.eps:
+                message += f"; {_rounding_advice(threat)}"
+            raise BudgetExceeded(message)
         return cost
 
     def _audit_box(self, threat: Threat) -> None:
@@ -309,7 +396,8 @@ class AdversarialDistribution:
         worst = int(excess.argmax())
         if excess[worst] > 0:
             raise BudgetExceeded(
-                f"an atom from sample {int(self.source[worst])} leaves box={threat.box} by {float(excess[worst]):.3g}"
+                f"an atom from sample {int(self.source[worst])} leaves box={threat.box} by {float(excess[worst]):.3g}; "
+                "wda.norms.clamp(x_adv, box) brings the points back"
             )
 
     def _audit_mass(self) -> None:
@@ -330,7 +418,18 @@ class AdversarialDistribution:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one ``.npz`` file, atomically and without pickles."""
+        """Write everything to one ``.npz`` file, atomically and without pickles.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> x, y = torch.zeros(2, 1), torch.tensor([0, 1])
+        >>> adv = AdversarialDistribution.from_points(x, x + 1, y, Threat("L2", eps=1.0), weight=0.25)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     adv.save(f"{folder}/adv.npz")
+        ...     AdversarialDistribution.load(f"{folder}/adv.npz")
+        AdversarialDistribution(2 samples, 2 moved atoms, W_1 L2 1)
+        """
         dtype = str(self.x.dtype).removeprefix("torch.")
         about = {
             "threat": {**asdict(self.threat), "order": str(self.threat.order)},
@@ -357,10 +456,25 @@ class AdversarialDistribution:
             for name in ("x", "moved"):
                 tensors[name] = tensors[name].to(getattr(torch, about["dtype"]))
             return cls(threat=Threat(**about["threat"]), counts=Counts(**about["counts"]), **tensors)
+        except FileNotFoundError:
+            raise
         except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"path={str(path)!r} is no saved AdversarialDistribution: {error}") from error
+            raise ValueError(
+                f"path={str(path)!r} is no saved AdversarialDistribution, or damaged: was it written by adv.save()?"
+            ) from error
+
+
+# An excess below this share of eps is said to be rounding: single precision makes less of images in [0, 1].
+_ROUNDING = 1e-5
+
+
+def _rounding_advice(threat: Threat) -> str:
+    name = repr(threat.norm)
+    return (
+        "this is rounding: use "
+        f"wda.norms.round_inward(wda.norms.project(x_adv, x, R, {name}, {threat.box}), x, R, {name}) "
+        "with R = (1 - 1e-9) * eps, or kappa times that where each sample moves the share kappa**-order of its mass"
+    )
 
 
 _ARRAYS = ("x", "labels", "moved", "moved_mass", "moved_source")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wda.checks import number
 from wda.norms import exponent
 
-__all__ = ["Threat"]
+__all__ = ["Threat", "radius_text"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Threat:
         Norm of the ground cost, named as RobustBench names it.
     eps : float or str
         Radius of the ball, in units of the input (pixels in [0, 1]). A string may be a fraction, ``"8/255"``.
-        0 is allowed: nothing moves.
+        0 is allowed: nothing moves. A warning says where the whole box is within reach, as with 8 for ``"8/255"``.
     order : float
         The order p of the Wasserstein distance, from 1 to ``math.inf`` (also ``"inf"``).
     box : (float, float) or None
@@ -65,10 +66,29 @@ class Threat:
         object.__setattr__(self, "eps", number("eps", self.eps, accepted, 0, sys.float_info.max))
         object.__setattr__(self, "order", number("order", self.order, "a number >= 1, or math.inf,", 1, math.inf))
         object.__setattr__(self, "box", _box(self.box))
+        if self.norm == "Linf" and self.box is not None and self.eps > self.box[1] - self.box[0]:
+            warnings.warn(
+                f"eps={self.eps!r} is more than the width of box={self.box}, so all of it is within reach: "
+                "did you mean '8/255' or the like?",
+                stacklevel=3,
+            )
 
     def __str__(self) -> str:
         order = "inf" if math.isinf(self.order) else f"{self.order:g}"
-        return f"W_{order} {self.norm} {self.eps:.4g}"
+        return f"W_{order} {self.norm} {radius_text(self.eps)}"
+
+
+def radius_text(eps: float) -> str:
+    """How a radius is written: ``8/255`` where it is that many 255ths and no short decimal, all its digits elsewhere.
+
+    Examples
+    --------
+    >>> radius_text(8 / 255), radius_text(0.2), radius_text(2.0)
+    ('8/255', '0.2', '2')
+    """
+    digits = repr(eps).removesuffix(".0")
+    steps = round(255 * eps)
+    return f"{steps}/255" if steps / 255 == eps and len(digits) > len("0.255") else digits
 
 
 def _box(box: object) -> tuple[float, float] | None:

@@ -11,6 +11,7 @@ import inspect
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -141,11 +142,14 @@ def attack(
         parameters["seed"] = seed
 
     start = time.monotonic()
-    ball = replace(threat, eps=kappa * threat.eps * _INWARD, order=math.inf)
+    with warnings.catch_warnings():  # kappa may well bring the whole box within reach
+        warnings.simplefilter("ignore")
+        ball = replace(threat, eps=kappa * threat.eps * _INWARD, order=math.inf)
+    label = f"{name} κ={kappa:g} {threat}" if kappa > 1 else f"{name} {threat}"
     x_adv = x.detach().clone()
     with Oracle(model) as oracle:
         check_labels(y, oracle.classes(oracle.to_model(x[:1])))
-        for rows in batches(len(x), batch_size, f"{name} {threat}", progress):
+        for rows in batches(len(x), batch_size, label, progress):
             clean = oracle.to_model(x[rows]).detach()
             points = _ATTACKS[name](oracle, clean, y[rows].to(clean.device), ball, **parameters)
             points = project(points, clean, ball.eps, ball.norm, ball.box)
@@ -155,7 +159,13 @@ def attack(
 
 
 def check_kappa(kappa: float, order: float) -> float:
-    """Return `kappa`; raise a `ValueError` if it is below 1, or above 1 in a ball of infinite order."""
+    """Return `kappa`; raise a `ValueError` if it is below 1, or above 1 in a ball of infinite order.
+
+    Examples
+    --------
+    >>> check_kappa("3/2", 1.0)
+    1.5
+    """
     value = number("kappa", kappa, "a finite number >= 1", 1, sys.float_info.max)
     if value > 1 and math.isinf(order):
         raise ValueError(

@@ -18,7 +18,16 @@ __all__ = ["Best", "free", "step_lengths", "top_rivals", "uniform_start"]
 
 
 class Best:
-    """The points of largest margin seen so far, one for each sample."""
+    """The points of largest margin seen so far, one for each sample.
+
+    Examples
+    --------
+    >>> x, y = torch.zeros(2, 1), torch.tensor([0, 0])
+    >>> best = Best(x, torch.tensor([[1.0, 0.0], [1.0, 0.0]]), y)
+    >>> best.update(x + 1, torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
+    >>> best.points.flatten()
+    tensor([1., 0.])
+    """
 
     def __init__(self, x: Tensor, logits: Tensor, y: Tensor) -> None:
         self.points = x.clone()
@@ -36,6 +45,11 @@ def step_lengths(steps: int, radius: float, step_size: float | None) -> list[flo
     """`steps` steps of `step_size`; by default falling along a quarter cosine from the radius to near zero.
 
     The first step reaches the sphere, so an attack on an affine model is exact after one; the last ones refine.
+
+    Examples
+    --------
+    >>> [round(length, 3) for length in step_lengths(3, 1.0, None)]
+    [1.0, 0.866, 0.5]
     """
     if step_size is not None:
         return [number("step_size", step_size, "a finite number > 0, or None,", 5e-324, sys.float_info.max)] * steps
@@ -43,7 +57,13 @@ def step_lengths(steps: int, radius: float, step_size: float | None) -> list[flo
 
 
 def top_rivals(logits: Tensor, y: Tensor, rivals: int | None) -> Tensor:
-    """The `rivals` classes of largest logit other than the label, (N, m); all K-1 of them by default."""
+    """The `rivals` classes of largest logit other than the label, (N, m); all K-1 of them by default.
+
+    Examples
+    --------
+    >>> top_rivals(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), torch.tensor([1]), 2)
+    tensor([[2, 0]])
+    """
     others = logits.shape[1] - 1
     kept = others if rivals is None else whole("rivals", rivals, 1, others)
     return rival_logits(logits, y).topk(kept, dim=1).indices
@@ -55,6 +75,11 @@ def free(gradient: Tensor, point: Tensor, box: tuple[float, float] | None) -> Te
     Without this the steepest direction in the 1-norm, a single coordinate, may be one that cannot move, and an
     ascent along it stands still. What is within a millionth of the box's width from a side counts as at it, so that
     rounding does not decide.
+
+    Examples
+    --------
+    >>> free(torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, 1.0]]), (0.0, 1.0))
+    tensor([[ 0., -2.]])
     """
     if box is None:
         return gradient
@@ -69,6 +94,13 @@ def uniform_start(x: Tensor, ball: Threat, seed: int) -> Tensor:
 
     The numbers depend on the seed and on the sample's own values, so that neither the batch size nor the order
     of the samples changes them.
+
+    Examples
+    --------
+    >>> x = torch.full((2, 3), 0.5)
+    >>> start = uniform_start(x, Threat("Linf", 0.1, order="inf"), seed=0)
+    >>> bool(((start - x).abs() <= 0.1 + 1e-6).all())
+    True
     """
     noise = torch.stack([_uniform_in_ball(row, ball.norm, seed) for row in x.detach().cpu()]).to(x)
     return project(x + ball.eps * noise, x, ball.eps, ball.norm, ball.box)

@@ -27,8 +27,9 @@
 # wda run notebooks/attack.ipynb -p model my_module:my_function -p data my_images.npz -p eps 8/255 -p dtype float32
 # ```
 #
-# `my_function()` returns a `torch.nn.Module` that takes inputs in [0, 1] and gives logits; `my_images.npz` holds the
-# arrays `x` and `y`. A name that is not among the parameters is an error.
+# `my_function()` returns a `torch.nn.Module` that takes inputs in [0, 1] and gives logits. `my_images.npz` holds the
+# arrays `x`, images as floats (N, C, H, W) in [0, 1] or as bytes (N, H, W) or (N, H, W, C), and `y`, N integers. A name
+# that is not among the parameters is an error.
 
 # %% tags=["parameters"]
 data = "digits"  # "digits", a .npz file with x and y, or a data set under WDA_DATA such as "mnist"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 import wda
@@ -76,6 +79,49 @@ def test_table_names_what_differs_and_never_averages(folder: Path, tmp_path: Pat
         assert table.loc[(n, "digits-mlp", "W1 Linf 0.1"), "fgsm"] == pytest.approx(100 * one.accuracy.item())
 
 
+NET = """
+import torch
+def net():
+    torch.manual_seed({seed})
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+"""
+
+
+def test_records_of_two_models_or_data_sets_of_one_name_are_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    x, y = (values.numpy() for values in wda.data.load("digits", n=20))
+    for seed, samples in ((0, slice(0, 10)), (1, slice(0, 10)), (1, slice(10, 20)), (1, slice(10, 20))):
+        Path("own_net.py").write_text(NET.format(seed=seed))
+        sys.modules.pop("own_net", None)
+        shutil.rmtree("__pycache__", ignore_errors=True)
+        np.savez("own.npz", x=x[samples], y=y[samples])
+        experiment.run(data="own.npz", model="own_net:net", attacks=["fgsm"], output="records")
+    assert len(list(Path("records").iterdir())) == 3  # the last one is a rerun
+    table = experiment.table(experiment.read("records"))
+    assert table.index.names == ["data", "model", "threat"]
+    assert len(table) == 3
+    assert all(name.startswith("own_net:net ") for name in table.index.get_level_values("model"))
+
+
+def test_a_radius_in_255ths_is_shown_so(tmp_path: Path) -> None:
+    records = experiment.run(n=10, attacks=["fgsm"], eps="8/255", output=tmp_path)
+    assert experiment.table(experiment.frame(records)).index.tolist() == [("digits-mlp", "W1 Linf 8/255")]
+
+
+def test_costs_name_only_what_differs(folder: Path) -> None:
+    results = experiment.read(folder)
+    assert experiment.costs(results).columns[0] == "attack"
+    other = results.assign(model="other")
+    both = experiment.costs(pd.concat([results, other], ignore_index=True))
+    assert both.columns[:2].tolist() == ["model", "attack"]
+    assert both["transport cost"].tolist() == 2 * experiment.costs(results)["transport cost"].tolist()
+
+
 def test_two_results_in_one_place_are_an_error(folder: Path) -> None:
     results = experiment.read(folder)
     with pytest.raises(ValueError, match="two results are of"):
@@ -104,10 +150,10 @@ def test_a_rerun_gives_the_same_record_but_for_seconds(folder: Path, tmp_path: P
     ("arguments", "error", "words"),
     [
         ({"attacks": ["wda", "nonsense"]}, ValueError, "attack='nonsense'"),
-        ({"attacks": "wda"}, ValueError, "attacks='wda'"),
+        ({"attacks": "wda"}, ValueError, r"attacks='wda': .* -p attacks \"\['fgsm'\]\""),
         ({"attacks": []}, ValueError, r"attacks=\[\]"),
         ({"attacks": 3}, ValueError, "attacks=3"),
-        ({"kappas": 2}, ValueError, "kappas=2"),
+        ({"kappas": 2}, ValueError, r"kappas=2: .* -p kappas \"\[1\]\""),
         ({"kappas": [1, 2, 1.0]}, ValueError, "each once"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"seed": -1}, ValueError, "seed=-1"),
@@ -115,7 +161,7 @@ def test_a_rerun_gives_the_same_record_but_for_seconds(folder: Path, tmp_path: P
         ({"data": 3}, TypeError, "data=3"),
         ({"model": 3}, TypeError, "model=3"),
         ({"kappas": [1, 0.5]}, ValueError, "kappa=0.5"),
-        ({"kappas": [2], "order": "inf"}, ValueError, "kappa=2"),
+        ({"kappas": [2], "order": "inf"}, ValueError, r"kappas=\[2\] with order=inf: .* -p kappas \"\[1\]\""),
         ({"eps": "8/0"}, ValueError, "eps='8/0'"),
         ({"norm": "L3"}, ValueError, "norm='L3'"),
         ({"dtype": "float128"}, ValueError, "dtype='float128'"),
@@ -184,6 +230,62 @@ def test_command_line_runs_a_notebook_with_parameters(tmp_path: Path, capsys: py
     assert set(results.attack) == {"fgsm", "wda"}
     assert results.eps.unique() == pytest.approx(8 / 255)
     assert (tmp_path / "out.ipynb").is_file()
+
+
+def test_a_failing_rerun_leaves_the_notebook_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, unfinished = tmp_path / "out.ipynb", tmp_path / "out.partial.ipynb"
+    out.write_text("of an earlier run")
+    words = ["run", str(NOTEBOOK), "-o", str(out), "-p", "n", "5", "-p", "attacks", "['fgsm']"]
+    words += ["-p", "output", str(tmp_path / "records")]
+    assert cli.main([*words, "-p", "eps", "-1"]) == 1
+    assert capsys.readouterr().err.endswith(f"The notebook as far as it ran: {unfinished}\n")
+    assert out.read_text() == "of an earlier run"
+    assert "eps=-1" in unfinished.read_text()
+    assert cli.main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}\n"
+    assert "1 records in" in captured.err, "what the notebook prints is shown as it runs"
+    assert "IPKernelApp" not in captured.err
+    assert nbformat.read(out, as_version=4).cells
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("out", ["file/out.ipynb", "folder"])
+def test_a_notebook_that_cannot_be_written_is_found_before_the_run(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import papermill
+
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("the notebook ran"))
+    assert cli.main(["run", str(NOTEBOOK), "-o", str(tmp_path / out)]) == 2
+    assert capsys.readouterr().err.startswith(f"wda run: output='{tmp_path / out}': ")
+
+
+def test_an_interrupted_run_ends_quietly(tmp_path: Path) -> None:
+    """Ctrl-C reaches the command and its kernel, as in a terminal."""
+    started = tmp_path / "started"
+    cells = [nbformat.v4.new_code_cell("marker = ''", metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell("import pathlib, time; pathlib.Path(marker).touch(); time.sleep(600)")]
+    kernel = {"kernelspec": nbformat.read(NOTEBOOK, as_version=4).metadata.kernelspec}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "slow.ipynb")
+    command = [sys.executable, "-m", "wda.cli", "run", tmp_path / "slow.ipynb", "-o", tmp_path / "out.ipynb"]
+    with subprocess.Popen([*command, "-p", "marker", started], stderr=subprocess.PIPE, text=True) as run:
+        while not started.exists() and run.poll() is None:
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Traceback" not in said
+    assert said.endswith(f"The notebook so far: {tmp_path / 'out.partial.ipynb'}\n")
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"wda {wda.__version__}\n"
 
 
 def test_a_sample_that_does_not_fit_is_found_before_the_first_pass(tmp_path: Path) -> None:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from wda import __version__
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the return value is the exit status."""
+    """Run the command line; the return value is the exit status.
+
+    Examples
+    --------
+    >>> main(["run", "missing.ipynb"])
+    2
+    """
     parser = argparse.ArgumentParser(prog="wda", description="Wasserstein distributional attacks, from notebooks.")
+    parser.add_argument("--version", action="version", version=f"wda {__version__}")
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser(
         "run",
@@ -29,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar=("NAME", "VALUE"),
         help="a parameter; VALUE is read as Python where it can be, otherwise as text: 0.1, 8/255, \"['pgd', 'wda']\"",
     )
-    run.add_argument("-o", "--output", help="the notebook with its outputs (default: results/NOTEBOOK)")
+    run.add_argument(
+        "-o",
+        "--output",
+        help="the notebook with its outputs (default: results/NOTEBOOK); NAME.partial.ipynb until the run is complete",
+    )
     run.set_defaults(command=_run)
     options = parser.parse_args(arguments)
     return int(options.command(options))
@@ -39,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         from papermill.exceptions import PapermillExecutionError
 
-        from wda.experiment import check_parameters, run_notebook
+        from wda.experiment import check_parameters, partial, run_notebook
     except ImportError as error:
         print(f"wda run: {error}; pip install 'wda[notebooks]'", file=sys.stderr)
         return 1
@@ -53,13 +67,17 @@ def _run(options: argparse.Namespace) -> int:
     try:
         run_notebook(options.notebook, out, **parameters)
     except PapermillExecutionError as error:
-        print(f"wda run: {error.ename}: {error.evalue}\nThe notebook as far as it ran: {out}", file=sys.stderr)
+        print(f"wda run: {error.ename}: {error.evalue}\nThe notebook as far as it ran: {partial(out)}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"wda run: {error}", file=sys.stderr)
+        print(f"wda run: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"wda run: interrupted; records of finished attacks are kept, the notebook is {out}", file=sys.stderr)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what waits for the kernel would tell of its end
+        print(
+            f"wda run: interrupted; records of finished attacks are kept\nThe notebook so far: {partial(out)}",
+            file=sys.stderr,
+        )
         return 130
     print(out)
     return 0

@@ -6,6 +6,7 @@ passes and seconds, the aggregates, and a table with one row per sample.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,12 +32,12 @@ from wda.files import write_atomically
 from wda.losses import ce, margin, rival_logits
 from wda.models import load as load_model
 from wda.passes import check_sample
-from wda.threat import Threat
+from wda.threat import Threat, radius_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["check_parameters", "costs", "frame", "interval", "read", "run", "run_notebook", "table"]
+__all__ = ["check_parameters", "costs", "frame", "interval", "partial", "read", "run", "run_notebook", "table"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -79,6 +81,9 @@ def run(
         Where the model runs, "cpu" or "cuda".
     output : path
         The folder of the records, made if needed. A record of the same cell is replaced.
+
+        One file is kept for each data set, model, threat, attack, kappa, n, seed and dtype. The names of files and
+        functions of one's own are followed by a checksum of what they hold.
 
     Returns
     -------
@@ -126,12 +131,14 @@ def run(
 def _cells(names: Sequence[str], kappas: Sequence[float], order: float) -> list[tuple[str, float]]:
     """The (attack, kappa) pairs to run, each checked."""
     if not isinstance(names, list | tuple) or not names:
-        raise ValueError(f"attacks={names!r}: a non-empty list of names is accepted")
+        raise ValueError(f"attacks={names!r}: a list of names is accepted, in a shell -p attacks \"['fgsm']\"")
     if not isinstance(kappas, list | tuple) or not kappas:
-        raise ValueError(f"kappas={kappas!r}: a non-empty list of numbers >= 1 is accepted")
+        raise ValueError(f'kappas={kappas!r}: a list of numbers >= 1 is accepted, in a shell -p kappas "[1]"')
     for name in names:
         options(name)
-    checked = [check_kappa(kappa, order) for kappa in kappas]
+    checked = [check_kappa(kappa, 1.0) for kappa in kappas]
+    if "wda" in names and math.isinf(order) and checked != [1.0]:
+        raise ValueError(f'kappas={kappas!r} with order=inf: [1] is accepted, in a shell -p kappas "[1]"')
     for name, values in (("attacks", names), ("kappas", checked)):
         if len(set(values)) < len(values):
             raise ValueError(f"{name}={values!r}: each once is accepted")
@@ -161,11 +168,19 @@ def _check_writable(folder: Path) -> None:
 
 
 def _file_name(p: Mapping[str, Any]) -> str:
-    """A name that differs wherever a result could: between threats, attacks, samples and seeds."""
-    data, model = (re.sub(r"[^\w.-]+", "-", p[key].removesuffix(".npz")).strip(".-") for key in ("data", "model"))
+    """A name that differs wherever a result could, but for the device and the versions: of those the last is kept.
+
+    What a file or a function of one's own holds may change under its name, so a checksum follows that.
+    """
+    data, model = (_file_name_part(p[key], p[f"{key}_sha256"]) for key in ("data", "model"))
     ball = f"{p['norm']}_{p['eps']!r}_W{p['order'].removesuffix('.0')}"
     kappa = repr(p["kappa"]).removesuffix(".0")
     return f"{data}_{model}_{ball}_{p['attack']}_k{kappa}_n{p['n']}_s{p['seed']}_{p['dtype']}.json"
+
+
+def _file_name_part(name: str, sha256: str) -> str:
+    plain = re.sub(r"[^\w.-]+", "-", name.removesuffix(".npz")).strip(".-")
+    return f"{plain}-{sha256[:8]}" if name.endswith(".npz") or ":" in name else plain
 
 
 def _measure(adv: AdversarialDistribution, net: nn.Module, clean: Tensor, batch_size: int) -> dict[str, Any]:
@@ -269,6 +284,16 @@ def read(folder: str | os.PathLike[str]) -> pd.DataFrame:
     ------
     FileNotFoundError
         There is no record.
+    ValueError
+        A .json file in the folder is no record.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = run(n=10, attacks=["fgsm"], output=folder)
+    ...     read(folder).attack.tolist()
+    ['fgsm']
     """
     files = sorted(Path(folder).glob("*.json"))
     if not files:
@@ -280,11 +305,25 @@ def read(folder: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """Records as a data frame, one row each, as `read` gives it."""
+    """Records as a data frame, one row each, as `read` gives it.
+
+    Where one name stands for several models, or for several files of data, the checksums tell them apart.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     frame(run(n=10, attacks=["fgsm", "pgd"], output=folder)).attack.tolist()
+    ['fgsm', 'pgd']
+    """
     import pandas as pd
 
     flat = [{**r["parameters"], **r["passes"], **{k: r[k] for k in _AGGREGATES}, **r["provenance"]} for r in records]
-    return pd.DataFrame(flat)
+    rows = pd.DataFrame(flat)
+    for name, whole_of in (("model", ["model"]), ("data", ["data", "n"])):
+        several = rows.groupby(whole_of)[f"{name}_sha256"].transform("nunique") > 1
+        rows.loc[several, name] += " " + rows[f"{name}_sha256"].str[:8]
+    return rows
 
 
 _AGGREGATES = (
@@ -307,6 +346,18 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
     ----------
     results : DataFrame
         From `read` or `frame`.
+
+    Raises
+    ------
+    ValueError
+        Two results would have the same place in the table.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table(frame(run(n=10, attacks=["fgsm"], output=folder))).columns.tolist()
+    ['clean', 'fgsm']
     """
     rows, keys = _labelled(results)
     wide = rows.pivot(index=keys, columns="label", values="accuracy")[rows.label.unique()]
@@ -316,15 +367,36 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def costs(results: pd.DataFrame) -> pd.DataFrame:
-    """What each attack did: accuracy and its interval in per cent, transport cost, passes per sample."""
+    """What each attack did: accuracy and its interval in per cent, transport cost, passes per sample.
+
+    The columns before the attack, such as the model and the threat, are only those in which results differ.
+
+    Parameters
+    ----------
+    results : DataFrame
+        From `read` or `frame`.
+
+    Raises
+    ------
+    ValueError
+        Two results would have the same place in the table.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     costs(frame(run(n=10, attacks=["fgsm"], output=folder))).columns.tolist()
+    ['attack', 'accuracy', 'interval', 'transport cost', 'forward', 'backward']
+    """
     rows, keys = _labelled(results)
     rows = rows.sort_values(keys, kind="stable")
-    shown = rows[[*keys, "label", "accuracy", "transport_cost", "forward", "backward"]].copy()
-    shown["accuracy"] = [f"{100 * a:.1f}" for a in rows.accuracy]
-    shown.insert(
-        len(keys) + 2, "interval", [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in rows.accuracy_interval]
+    shown = rows[[key for key in keys if rows[key].nunique() > 1]].assign(
+        attack=rows.label,
+        accuracy=[f"{100 * a:.1f}" for a in rows.accuracy],
+        interval=[f"{100 * low:.1f} to {100 * high:.1f}" for low, high in rows.accuracy_interval],
     )
-    return shown.rename(columns={"label": "attack"}).round({"transport_cost": 4, "forward": 1, "backward": 1})
+    shown["transport cost"] = rows.transport_cost.round(4)
+    return shown.join(rows[["forward", "backward"]].round(1))
 
 
 def _labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -336,12 +408,12 @@ def _labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         Two results would have the same place in a table.
     """
     position = {name: place for place, name in enumerate(available())}
-    plain = {key: [repr(value).removesuffix(".0") for value in results[key].tolist()] for key in ("eps", "kappa")}
+    kappas = [repr(kappa).removesuffix(".0") for kappa in results.kappa.tolist()]
     order = results.order.str.removesuffix(".0")
     rows = results.assign(
         place=results.attack.map(position),
-        label=[f"wda κ={k}" if name == "wda" else name for name, k in zip(results.attack, plain["kappa"], strict=True)],
-        threat="W" + order + " " + results.norm + " " + plain["eps"],
+        label=[f"wda κ={k}" if name == "wda" else name for name, k in zip(results.attack, kappas, strict=True)],
+        threat="W" + order + " " + results.norm + " " + results.eps.map(radius_text),
     )
     keys = [key for key in ("data", "n", "seed", "dtype") if rows[key].nunique() > 1] + ["model", "threat"]
     if (twice := rows.duplicated([*keys, "label"])).any():
@@ -352,12 +424,14 @@ def _labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 def run_notebook(path: str | os.PathLike[str], out: str | os.PathLike[str], **parameters: Any) -> None:
     """Run a notebook with papermill, refusing a parameter that it does not declare.
 
-    Papermill itself goes on with the defaults where a name is misspelt.
+    Papermill itself goes on with the defaults where a name is misspelt. What the notebook prints goes to the standard
+    error too, so that a long run is seen to move.
 
     Parameters
     ----------
     path, out : path
-        The notebook, and where it goes with its outputs; kept on failure, with the error in it.
+        The notebook, and where it goes with its outputs once it has run. While it runs, and for good where it fails, it
+        is the file that `partial` names, with the error in it; what `out` held before stays.
     **parameters
         Values for the cell tagged ``parameters``.
 
@@ -366,17 +440,51 @@ def run_notebook(path: str | os.PathLike[str], out: str | os.PathLike[str], **pa
     TypeError
         A parameter is not declared.
     FileNotFoundError, ValueError
-        There is no such file, or it is no notebook.
+        There is no such notebook, or it is none.
+    OSError
+        `out` cannot be written.
+
+    Examples
+    --------
+    >>> run_notebook("notebooks/attack.ipynb", "results/attack.ipynb", n=100)  # doctest: +SKIP
     """
     import papermill
 
     check_parameters(path, parameters)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(path), str(out), parameters, log_output=True)
+    out, unfinished = Path(out), partial(out)
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "this is a folder")
+        _check_writable(out.parent)
+    except OSError as error:
+        raise type(error)(error.errno, f"output={str(out)!r}: {error.strerror}") from error
+    # at its usual level the kernel warns of its own socket, and tells of its end when it is interrupted
+    quiet = ["--log-level=CRITICAL"]
+    papermill.execute_notebook(
+        str(path), str(unfinished), parameters, log_output=True, stdout_file=sys.stderr, extra_arguments=quiet
+    )
+    unfinished.replace(out)
+
+
+def partial(out: str | os.PathLike[str]) -> Path:
+    """Where `run_notebook` keeps a notebook that has not run to its end.
+
+    Examples
+    --------
+    >>> partial("results/mine.ipynb").name
+    'mine.partial.ipynb'
+    """
+    out = Path(out)
+    return out.with_name(f"{out.stem}.partial{out.suffix}")
 
 
 def check_parameters(path: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Raise the errors of `run_notebook` that need no run."""
+    """Raise the errors of `run_notebook` that are about the notebook and the names of its parameters.
+
+    Examples
+    --------
+    >>> check_parameters("notebooks/attack.ipynb", ["n", "eps"])  # doctest: +SKIP
+    """
     import papermill
     from nbformat.reader import NotJSONError
 

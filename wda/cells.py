@@ -1,0 +1,389 @@
+r"""Activation cells: the full-dimensional regions on which a small ReLU network is affine.
+
+The first layer cuts space by one hyperplane per unit; inside each region the second layer is affine, so its units cut
+that region by hyperplanes again, and so on. Each step is one arrangement of hyperplanes inside a polyhedron. Where it
+is simple (no more hyperplanes through a vertex than dimensions), every cell has a vertex, and the cells at a vertex
+are the :math:`2^n` ways to choose a side of the hyperplanes through it; so the vertices give all cells at once. Where
+it is not, hyperplanes are added one by one and a linear program says which cells they cut. All in float64.
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+from torch import nn
+
+from wda.checks import whole
+from wda.nets import Array, Dense, Mask, Net, from_module
+
+__all__ = ["Cell", "Cells", "at", "enumerate"]
+
+# rows of a unit normal: relative size below which a number is rounding
+_ROUNDING = 1e-10
+# how many vertices are solved for at once
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    r"""One activation cell: the closure of the set of inputs with one mask.
+
+    Attributes
+    ----------
+    mask : bool array (U,)
+        Which hidden units are on, all layers after each other.
+    jacobian : float64 array (K, n)
+        :math:`J_D`; the logits are ``jacobian @ x + offset`` on the cell.
+    offset : float64 array (K,)
+    halfspaces : (A, b)
+        The cell is :math:`\{x : Ax \le b\}`: a row for each hidden unit that depends on x, then the faces of the box.
+
+    Examples
+    --------
+    >>> cell = enumerate(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)))[0]
+    >>> cell.jacobian.shape, cell.recession_cone.shape
+    ((2, 1), (1, 1))
+    """
+
+    mask: Mask
+    jacobian: Array
+    offset: Array
+    halfspaces: tuple[Array, Array]
+
+    @property
+    def recession_cone(self) -> Array:
+        """A, with :math:`\\{u : Au \\le 0\\}` the directions in which one can walk for ever inside the cell."""
+        return self.halfspaces[0]
+
+    @cached_property
+    def interior_point(self) -> Array:
+        """The centre of a largest ball in the cell (of radius at most 1), (n,)."""
+        return _chebyshev(*self.halfspaces, n=self.jacobian.shape[1])[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Cells(Sequence[Cell]):
+    """The activation cells of a network, as a sequence of `Cell`; the masks are the only thing stored.
+
+    Attributes
+    ----------
+    dense : Dense
+        The network.
+    masks : bool array (M, U)
+    box : (float, float) or None
+        What the cells were cut to.
+
+    Examples
+    --------
+    >>> cells = enumerate(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
+    >>> len(cells) == 1 + 3 + 3, cells.masks.shape
+    (True, (7, 3))
+    """
+
+    dense: Dense
+    masks: Mask
+    box: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @overload
+    def __getitem__(self, i: int) -> Cell: ...
+    @overload
+    def __getitem__(self, i: slice) -> Cells: ...
+    def __getitem__(self, i: int | slice) -> Cell | Cells:
+        if isinstance(i, slice):
+            return Cells(self.dense, self.masks[i], self.box)
+        J, c = self.dense.affine(self.masks[i][None])
+        return Cell(self.masks[i], J[0], c[0], self.constraints(i))
+
+    def __iter__(self) -> Iterator[Cell]:
+        return (self[i] for i in range(len(self)))
+
+    def affine(self) -> tuple[Array, Array]:
+        """The logits on each cell: Jacobians (M, K, n) and offsets (M, K)."""
+        return self.dense.affine(self.masks)
+
+    def oriented(self) -> tuple[Array, Array]:
+        r"""The half-spaces of every cell from its units, :math:`Ax \le b`: arrays (M, U, n) and (M, U).
+
+        A unit that does not depend on x has a row of zeros, which every x satisfies.
+        """
+        forms = self.dense.forms(self.dense.split(self.masks))[:-1]
+        A = np.concatenate([A for A, _ in forms] or [np.zeros((len(self), 0, self.dense.n))], axis=1)
+        b = np.concatenate([b for _, b in forms] or [np.zeros((len(self), 0))], axis=1)
+        side = np.where(self.masks, -1.0, 1.0)
+        return side[:, :, None] * A, -side * b
+
+    def constraints(self, i: int) -> tuple[Array, Array]:
+        """`Cell.halfspaces` of cell i."""
+        A, b = Cells(self.dense, self.masks[i][None]).oriented()
+        depends = A[0].any(1)
+        G, g = _box_rows(self.box, self.dense.n)
+        return np.concatenate([A[0][depends], G]), np.concatenate([b[0][depends], g])
+
+    @cached_property
+    def interior(self) -> Array:
+        """An interior point of every cell, (M, n): one linear program each."""
+        return np.array([_chebyshev(*self.constraints(i), n=self.dense.n)[1] for i in range(len(self))])
+
+
+def enumerate(net: Net | nn.Module, box: tuple[float, float] | None = None, limit: int = 1_000_000) -> Cells:
+    r"""Every full-dimensional activation cell of a small ReLU network, at any depth.
+
+    Parameters
+    ----------
+    net : Net or nn.Module
+        Affine layers and ReLU; no max pooling.
+    box : (float, float), optional
+        Only the cells that meet the inside of the box :math:`[low, high]^n`, cut to it.
+    limit : int
+        How many cells, and how many vertices of the first layer, are at most tried.
+
+    Returns
+    -------
+    Cells
+        One hidden layer of m units in general position on :math:`\mathbb R^n` has
+        :math:`\sum_{i\le n}\binom mi` of them.
+
+    Raises
+    ------
+    NotPiecewiseAffine
+        The layer named is neither affine nor ReLU.
+    ValueError
+        The network is too large, or the box is empty.
+
+    Examples
+    --------
+    >>> len(enumerate(nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))))
+    11
+    """
+    net = from_module(net)
+    net.require("affine", "sum", "activation", why="enumeration of cells")
+    whole("limit", limit)
+    dense = net.dense
+    _check_size(dense, limit)
+    G, g = _box_rows(box, dense.n)
+    return Cells(dense, _walk(dense, G, g, limit), box)
+
+
+def at(net: Net | nn.Module, x: Array, tolerance: float = 1e-9) -> Cells:
+    r"""The cells whose closure holds the point x: the masks :math:`\mathcal D_x` of Definition 3.1.
+
+    There is one unless x lies on the border of its cell, that is, a pre-activation is 0 there.
+
+    Parameters
+    ----------
+    net : Net or nn.Module
+        As for `enumerate`, of any width.
+    x : array (n,)
+    tolerance : float
+        A unit counts as switching at x if x is nearer than this to its hyperplane (in the 2-norm).
+
+    Examples
+    --------
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> len(at(nn.Sequential(layer, nn.ReLU()), np.zeros(1))), len(at(nn.Sequential(layer, nn.ReLU()), np.ones(1)))
+    (2, 1)
+    """
+    net = from_module(net)
+    net.require("affine", "sum", "activation", why="enumeration of cells")
+    x = np.asarray(x, dtype=np.float64).reshape(-1)
+    G, g = _box_rows(None, net.n)
+    return Cells(net.dense, _walk(net.dense, G, g, 1_000_000, (x, tolerance)))
+
+
+def _check_size(dense: Dense, limit: int) -> None:
+    n, m = dense.n, dense.units[0] if dense.units else 0
+    count = sum(math.comb(m, i) for i in range(min(n, m) + 1))
+    if count > limit:
+        raise ValueError(
+            f"the first layer has {m} units in {n} dimensions, in general position {count:.3g} cells; up to "
+            f"limit={limit} are enumerated: use method='milp' or method='bounds', or raise the limit"
+        )
+
+
+def _box_rows(box: tuple[float, float] | None, n: int) -> tuple[Array, Array]:
+    if box is None:
+        return np.zeros((0, n)), np.zeros(0)
+    if not box[0] < box[1]:
+        raise ValueError(f"box={box!r}: a pair (low, high) with low < high is accepted")
+    return np.concatenate([np.eye(n), -np.eye(n)]), np.repeat([box[1], -box[0]], n)
+
+
+def _walk(dense: Dense, G: Array, g: Array, limit: int, near: tuple[Array, float] | None = None) -> Mask:
+    """The masks of the cells inside {G x <= g}, layer by layer; with `near`, of those around one point."""
+    masks, inside = np.zeros((1, 0), bool), [(G, g)]
+    for h in range(len(dense.units)):
+        A, b = dense.layer(h, dense.split(masks)[:h])
+        if near is not None:
+            A, b = _around(A, b, *near)
+        found, regions = [], []
+        for mask, (G, g), normals, offsets in zip(masks, inside, A, b, strict=True):
+            signs = _signs(G, g, normals, offsets, limit)
+            found.append(np.concatenate([np.repeat(mask[None], len(signs), 0), signs], axis=1))
+            depends = normals.any(1)
+            for side in np.where(signs[:, depends], -1.0, 1.0):
+                rows = np.concatenate([G, side[:, None] * normals[depends]])
+                regions.append((rows, np.concatenate([g, -side * offsets[depends]])))
+            if len(regions) > limit:
+                raise ValueError(_too_many(limit))
+        masks, inside = np.concatenate(found), regions
+    return masks
+
+
+def _around(A: Array, b: Array, x: Array, tolerance: float) -> tuple[Array, Array]:
+    """Hyperplanes as seen from close to x: those through x pass through 0, the others have a constant side."""
+    value = A @ x + b
+    through = np.abs(value) <= tolerance * np.linalg.norm(A, axis=-1)
+    return np.where(through[..., None], A, 0), np.where(through, 0, value)
+
+
+def _too_many(limit: int) -> str:
+    return f"more than limit={limit} cells: use method='milp' or method='bounds', or raise the limit"
+
+
+def _signs(G: Array, g: Array, A: Array, b: Array, limit: int) -> Mask:
+    """The sides (k, m) of the hyperplanes A x + b = 0 taken by the full-dimensional cells inside {G x <= g}."""
+    normals, offsets = np.concatenate([-G, A]), np.concatenate([g, b])
+    length = np.linalg.norm(normals, axis=1)
+    cuts = length > _ROUNDING * length.max(initial=0)
+    planes, group, flipped = _merge(np.column_stack([normals, offsets])[cuts] / length[cuts, None])
+    # in coordinates of the space that the normals span; along the other directions every cell goes on for ever
+    _, size, basis = np.linalg.svd(planes[:, :-1], full_matrices=False)
+    planes = np.column_stack([planes[:, :-1] @ basis[size > _ROUNDING * size.max(initial=0)].T, planes[:, -1]])
+    constraints = int(cuts[: len(G)].sum())
+    required = np.zeros(len(planes), int)
+    required[group[:constraints]] = np.where(flipped[:constraints], -1, 1)
+    merged = _by_vertices(planes, required, limit)
+    if merged is None:
+        merged = _by_programs(planes, required, limit)
+    signs = np.repeat((offsets > 0)[None], len(merged), 0)
+    signs[:, cuts] = merged[:, group] ^ flipped
+    return signs[:, len(G) :]
+
+
+def _merge(planes: Array) -> tuple[Array, NDArray[np.intp], Mask]:
+    """Distinct hyperplanes, which of them each row is, and whether with its sides exchanged."""
+    large = np.abs(planes[:, :-1]) > 1e-7
+    leading = planes[np.arange(len(planes)), large.argmax(1)] if len(planes) else np.zeros(0)
+    flipped = leading < 0
+    oriented = np.where(flipped[:, None], -planes, planes)
+    close = np.abs(oriented[:, None] - oriented[None]) <= _ROUNDING * (1 + np.abs(oriented[:, None, -1:]))
+    if not len(planes):
+        return planes, np.zeros(0, np.intp), flipped
+    kept, group = np.unique(close.all(2).argmax(1), return_inverse=True)
+    return oriented[kept], group, flipped
+
+
+def _by_vertices(planes: Array, required: NDArray[np.int_], limit: int) -> Mask | None:
+    """The cells (k, q) of a simple arrangement, from its vertices; None if it is not simple.
+
+    If all hyperplanes pass through the origin, the cells are cones, and their extreme rays serve as vertices.
+    ``required`` asks for a side (+1 or -1) of some hyperplanes; 0 leaves both.
+    """
+    q, d = planes.shape[0], planes.shape[1] - 1
+    central = not planes[:, -1].any()
+    if d == 0:
+        return np.ones((1, q), bool)
+    if math.comb(q, d - central) > 32 * limit:
+        return None
+    wanted, asked = _pack((required > 0)[None])[0], _pack((required != 0)[None])[0]
+    single = _pack(np.eye(q, dtype=bool))  # the word of each hyperplane alone
+    combinations = itertools.combinations(range(q), d - central)
+    found = np.empty((0, len(wanted)), np.uint64)
+    while chunk := list(itertools.islice(combinations, _CHUNK)):
+        through = np.array(chunk, dtype=np.intp).reshape(len(chunk), d - central)
+        through, value, size = (_rays if central else _vertices)(planes, through)
+        tolerance = 1e3 * _ROUNDING * size[:, None]
+        inside = ~(value * required < -tolerance).any(1)
+        np.put_along_axis(value, through, np.inf, axis=1)
+        if (np.abs(value[inside]) <= tolerance[inside]).any():
+            return None
+        words = _pack(value > 0)
+        words, through = words[inside], through[inside]
+        for sides in itertools.product((False, True), repeat=d - central):
+            # the hyperplanes through the vertex are on in `words`: turn off those on whose other side we are
+            turned = words.copy()
+            for side, plane in zip(sides, through.T, strict=True):
+                if not side:
+                    turned &= ~single[plane]
+            found = _unique(found, turned[~((turned ^ wanted) & asked).any(1)])
+        if len(found) > limit:
+            raise ValueError(_too_many(limit))
+    return np.unpackbits(found.view(np.uint8), axis=1, count=q, bitorder="little").astype(bool)
+
+
+def _vertices(planes: Array, through: NDArray[np.intp]) -> tuple[NDArray[np.intp], Array, Array]:
+    """Where d hyperplanes meet: which they are, every hyperplane's value there, and the size of the point."""
+    through = through[np.abs(np.linalg.det(planes[through, :-1])) > _ROUNDING]
+    vertex = np.linalg.solve(planes[through, :-1], -planes[through, -1:])[:, :, 0]
+    return through, vertex @ planes[:, :-1].T + planes[:, -1], 1 + np.abs(vertex).max(1)
+
+
+def _rays(planes: Array, through: NDArray[np.intp]) -> tuple[NDArray[np.intp], Array, Array]:
+    """As `_vertices`, for the two unit vectors on which d - 1 hyperplanes through the origin meet."""
+    _, size, directions = np.linalg.svd(planes[through, :-1])
+    independent = (size > _ROUNDING).all(1)
+    value = directions[independent, -1] @ planes[:, :-1].T
+    return np.tile(through[independent], (2, 1)), np.concatenate([value, -value]), np.ones(2 * independent.sum())
+
+
+def _pack(bits: Mask) -> NDArray[np.uint64]:
+    """Rows of bits as rows of 64-bit words."""
+    packed = np.packbits(bits, axis=1, bitorder="little")
+    return np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8))).view(np.uint64)
+
+
+def _unique(*words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    together = np.concatenate(words)
+    if together.shape[1] == 1:
+        return np.unique(together[:, 0])[:, None]
+    return np.unique(together, axis=0)
+
+
+def _by_programs(planes: Array, required: NDArray[np.int_], limit: int) -> Mask:
+    """As `_by_vertices` for any arrangement: hyperplanes are added one by one, those with a required side first."""
+    order = np.argsort(required == 0, kind="stable")
+    cells = [np.zeros(0, int)]
+    for i, plane in builtins.enumerate(order):
+        added = planes[order[: i + 1]]
+        cells = [
+            sides
+            for cell in cells
+            for side in ((required[plane],) if required[plane] else (-1, 1))
+            for sides in [np.append(cell, side)]
+            if _chebyshev(-sides[:, None] * added[:, :-1], sides * added[:, -1])[0] > _ROUNDING
+        ]
+        if len(cells) > limit:
+            raise ValueError(_too_many(limit))
+    signs = np.zeros((len(cells), len(planes)), bool)
+    signs[:, order] = np.array(cells).reshape(len(cells), -1) > 0
+    return signs
+
+
+def _chebyshev(A: Array, b: Array, n: int | None = None) -> tuple[float, Array]:
+    """The radius, at most 1, and the centre of a largest ball in {A x <= b}; a negative radius if it is empty."""
+    n = A.shape[1] if n is None else n
+    if not len(A):
+        return 1.0, np.zeros(n)
+    length = np.linalg.norm(A, axis=1)
+    solved = linprog(
+        np.append(np.zeros(n), -1.0),
+        A_ub=np.column_stack([A / length[:, None], np.ones(len(A))]),
+        b_ub=b / length,
+        bounds=[*[(None, None)] * n, (None, 1.0)],
+        method="highs",
+    )
+    if solved.x is None:
+        raise RuntimeError(f"the linear program of a cell failed: {solved.message}")
+    return float(solved.x[-1]), solved.x[:-1]

@@ -448,6 +448,10 @@ class AdversarialDistribution:
         ------
         ValueError
             The file is not one that `save` wrote.
+
+        Examples
+        --------
+        >>> adv = AdversarialDistribution.load("adv.npz")  # doctest: +SKIP
         """
         try:
             with np.load(Path(path), allow_pickle=False) as arrays:

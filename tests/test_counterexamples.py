@@ -267,6 +267,20 @@ def test_corollary_3_2_holds_but_may_say_nothing() -> None:
         assert eps * l_N <= eps * slope <= line_value(net, [1], [0.0], [0], eps) + 1e-9
 
 
+def test_the_interior_of_a_recession_cone_may_be_empty() -> None:
+    """theta = (0, relu(x1) + relu(1 - x1) + relu(x2)): a half-strip, whose cone is one ray of rate 1."""
+    net = one_hidden([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], [0.0, 1.0, 0.0], [[0.0] * 3, [1.0] * 3])
+    angles = np.linspace(0, 2 * np.pi, 3601)
+    u = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    stays = (u @ np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]]) >= -1e-12).all(1)  # at (1/2, 1) all units are on
+    assert u[stays] == pytest.approx(np.array([[0.0, 1.0]]))
+    assert risk(net, [(1.0, [0.5, 11.0])], 0) - risk(net, [(1.0, [0.5, 1.0])], 0) == pytest.approx(10.0)  # l_N = 1
+    slope = np.abs(u[:, 0]) + np.maximum(u[:, 1], 0)  # the recession network's margin
+    far = [risk(net, [(1.0, list(1e6 * d))], 0) / 1e6 for d in u[::100]]
+    assert far == pytest.approx(slope[::100], abs=1e-5)
+    assert slope.max() == pytest.approx(math.sqrt(2))  # l at r = 2
+
+
 @pytest.mark.parametrize("eps", [0.1, 0.5, 2.0])
 def test_lower_bound_fails_on_a_bounded_set(eps: float) -> None:
     """theta = (0, relu x) on X = [0, 1] from 1/2; the loss is convex there, so the ends and the sample suffice."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from wda.threat import radius_text
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -65,7 +67,7 @@ def accuracy_over_kappa(results: pd.DataFrame) -> Figure:
             bars = (accuracy - low, high - accuracy)
             panel.errorbar(line.kappa, accuracy, bars, color=colour, marker=marker, capsize=3, label=model)
             panel.axhline(100 * line.clean_accuracy.iloc[0], color=colour, linestyle=":", linewidth=1)
-        panel.set_title(f"$W_{{{order.removesuffix('.0')}}}$, {norm}, radius {eps:g}", fontsize="medium")
+        panel.set_title(f"$W_{{{order.removesuffix('.0')}}}$, {norm}, radius {radius_text(eps)}", fontsize="medium")
         panel.set_xlabel("κ (search radius / ε)")
         panel.legend(fontsize="small", loc="lower right")
     panels[0][0].set_ylabel("accuracy (%)")

@@ -23,14 +23,19 @@ from scipy.optimize import linprog
 from torch import nn
 
 from wda.checks import whole
+from wda.errors import NotPiecewiseAffine
 from wda.nets import Array, Dense, Mask, Net, from_module
 
-__all__ = ["Cell", "Cells", "at", "enumerate"]
+__all__ = ["Cell", "Cells", "TooManyCells", "at", "enumerate", "few"]
 
 # rows of a unit normal: relative size below which a number is rounding
 _ROUNDING = 1e-10
 # how many vertices are solved for at once
 _CHUNK = 1 << 16
+
+
+class TooManyCells(ValueError):
+    """A network has more cells than the limit allows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +164,10 @@ def enumerate(net: Net | nn.Module, box: tuple[float, float] | None = None, limi
     ------
     NotPiecewiseAffine
         The layer named is neither affine nor ReLU.
+    TooManyCells
+        The network is too large; the message says how large, and what to use instead.
     ValueError
-        The network is too large, or the box is empty.
+        The box is empty.
 
     Examples
     --------
@@ -202,11 +209,27 @@ def at(net: Net | nn.Module, x: Array, tolerance: float = 1e-9) -> Cells:
     return Cells(net.dense, _walk(net.dense, G, g, 1_000_000, (x, tolerance)))
 
 
+def few(net: Net | nn.Module, box: tuple[float, float] | None = None, limit: int = 20_000) -> Cells | None:
+    """The cells, or None where they are more than `limit`, or a layer keeps them from being listed.
+
+    Examples
+    --------
+    >>> few(nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 2))) is None
+    True
+    """
+    try:
+        return enumerate(net, box, limit)
+    except (TooManyCells, NotPiecewiseAffine):
+        return None
+
+
 def _check_size(dense: Dense, limit: int) -> None:
-    n, m = dense.n, dense.units[0] if dense.units else 0
-    count = sum(math.comb(m, i) for i in range(min(n, m) + 1))
+    n, m = dense.n, int(dense.weights[0][0].any(1).sum()) if dense.units else 0
+    # through one point, half of the cells of m - 1 hyperplanes in a space of one dimension less
+    central = not any(b.any() for b in dense.bias)
+    count = sum(math.comb(m - central, i) for i in range(min(n - central, m) + 1)) * (2 if central else 1)
     if count > limit:
-        raise ValueError(
+        raise TooManyCells(
             f"the first layer has {m} units in {n} dimensions, in general position {count:.3g} cells; up to "
             f"limit={limit} are enumerated: use method='milp' or method='bounds', or raise the limit"
         )
@@ -236,7 +259,7 @@ def _walk(dense: Dense, G: Array, g: Array, limit: int, near: tuple[Array, float
                 rows = np.concatenate([G, side[:, None] * normals[depends]])
                 regions.append((rows, np.concatenate([g, -side * offsets[depends]])))
             if len(regions) > limit:
-                raise ValueError(_too_many(limit))
+                raise TooManyCells(_too_many(limit))
         masks, inside = np.concatenate(found), regions
     return masks
 
@@ -319,7 +342,7 @@ def _by_vertices(planes: Array, required: NDArray[np.int_], limit: int) -> Mask 
                     turned &= ~single[plane]
             found = _unique(found, turned[~((turned ^ wanted) & asked).any(1)])
         if len(found) > limit:
-            raise ValueError(_too_many(limit))
+            raise TooManyCells(_too_many(limit))
     return np.unpackbits(found.view(np.uint8), axis=1, count=q, bitorder="little").astype(bool)
 
 
@@ -365,7 +388,7 @@ def _by_programs(planes: Array, required: NDArray[np.int_], limit: int) -> Mask:
             if _chebyshev(-sides[:, None] * added[:, :-1], sides * added[:, -1])[0] > _ROUNDING
         ]
         if len(cells) > limit:
-            raise ValueError(_too_many(limit))
+            raise TooManyCells(_too_many(limit))
     signs = np.zeros((len(cells), len(planes)), bool)
     signs[:, order] = np.array(cells).reshape(len(cells), -1) > 0
     return signs

@@ -1,0 +1,223 @@
+r"""How fast the worst-case risk grows at last: the slope l, and what it is on the cells of the sample, :math:`l_N`.
+
+For every x, :math:`\theta(x+\alpha u)/\alpha \to \theta^0(u)`, the recession network. So along a ray the loss of label
+k, margin or cross-entropy, rises with slope :math:`[\max_j \theta^0_j(u) - \theta^0_k(u)]_+` at last, and l is the
+largest such slope over the labels present and the directions of unit norm. Eq. (7) of the first paper has all labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy.optimize import linprog, nnls
+from torch import Tensor, nn
+
+from wda.cells import Cells, at, enumerate, few
+from wda.certificates import bounds, milp
+from wda.certificates.slope import Slope
+from wda.checks import choice, whole
+from wda.nets import Array, Net, from_module
+from wda.norms import dual, exponent
+from wda.passes import check_labels, check_sample
+
+__all__ = ["cone_maximum", "pairs_of", "recession_slope", "sample_slope"]
+
+
+def pairs_of(classes: int, labels: Iterable[int] | None) -> list[tuple[int, int]]:
+    """The pairs (label, rival) of a network; `labels` are those present in the data, None for all.
+
+    Examples
+    --------
+    >>> pairs_of(3, [1])
+    [(1, 0), (1, 2)]
+    """
+    present = range(classes) if labels is None else sorted({whole("labels", k, 0, classes - 1) for k in labels})
+    if not present:
+        raise ValueError("labels=[]: at least one label is needed")
+    return [(k, j) for k in present for j in range(classes) if j != k]
+
+
+def cone_maximum(g: Array, cone: Array, norm: str) -> tuple[float, Array]:
+    r"""The largest value of :math:`\langle g, u\rangle` over :math:`\{u : Au \le 0, \|u\|_r \le 1\}`.
+
+    For "L2" it is the length of the projection of g onto the cone, :math:`g - A^\top\lambda` with the
+    :math:`\lambda \ge 0` of non-negative least squares (Moreau); for "Linf" and "L1" a linear program.
+
+    Parameters
+    ----------
+    g : array (n,)
+    cone : array (m, n)
+        The matrix A.
+    norm : {"Linf", "L2", "L1"}
+
+    Returns
+    -------
+    value : float
+        At least 0, the value at u = 0.
+    direction : array (n,)
+        Of unit norm, or 0 where the value is 0.
+
+    Examples
+    --------
+    >>> cone_maximum(np.array([3.0, 4.0]), np.array([[0.0, 1.0]]), "L2")
+    (3.0, array([1., 0.]))
+    """
+    n = len(g)
+    size = float(np.linalg.norm(g))
+    if not g.any():
+        return 0.0, np.zeros(n)
+    g = g / size
+    rows = cone[cone.any(1)]
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    if exponent(norm) == 2:
+        u = g - rows.T @ nnls(rows.T, g)[0] if len(rows) else g
+    elif norm == "Linf":
+        u = linprog(-g, A_ub=rows, b_ub=np.zeros(len(rows)), bounds=(-1, 1), method="highs").x
+    else:
+        split = np.concatenate([np.hstack([rows, -rows]), np.ones((1, 2 * n))])
+        parts = linprog(np.append(-g, g), A_ub=split, b_ub=[0.0] * len(rows) + [1.0], method="highs").x
+        u = parts[:n] - parts[n:]
+    length = float(np.linalg.norm(u, exponent(norm)))
+    # what is left of a direction that rounding alone keeps from 0
+    if length < 1e-9 or g @ u <= 0:
+        return 0.0, np.zeros(n)
+    return size * float(g @ u) / length, u / length
+
+
+def recession_slope(
+    net: Net | nn.Module,
+    norm: str,
+    labels: Sequence[int] | None = None,
+    method: str = "auto",
+    starts: int = 50,
+    seed: int = 0,
+    time_limit: float = 60.0,
+) -> Slope:
+    r"""l: the slope of the worst-case risk for large budgets, :math:`\lim_{\epsilon\to\infty} V(\epsilon)/\epsilon`.
+
+    :math:`l = \max_{k}\max_{\|u\|_r\le1} [\max_{j\ne k} \theta^0_j(u) - \theta^0_k(u)]_+` over the labels k present,
+    where :math:`\theta^0` is the recession network (`wda.nets.Net.recession`); the same for margin and cross-entropy.
+    The order of the ball is 1 and inputs are unbounded.
+
+    Parameters
+    ----------
+    net : Net or nn.Module
+        Smooth activations count as what they are far away: GELU, SiLU and softplus as ReLU, the sigmoid as 0.
+    norm : {"Linf", "L2", "L1"}
+    labels : sequence of int, optional
+        Those present in the data; by default all classes.
+    method : {"auto", "cones", "cells", "milp", "bounds"}
+        "cones" enumerates the cells of the recession network, "cells" those of the network itself and their recession
+        cones (eq. 7); "milp" solves a mixed-integer program ("Linf" and "L1"); all three are exact. "bounds" has an
+        attack from below and certified bounds from above. "auto" is "cones" for up to 20,000 of them, else "bounds".
+    starts, seed : int
+        Of the attack of "bounds".
+    time_limit : float
+        Seconds for "milp"; where they run out, the bounds found so far are returned.
+
+    Returns
+    -------
+    Slope
+        With the direction, the label and the rival that have the lower bound.
+
+    Raises
+    ------
+    NotPiecewiseAffine
+        Names the layer that the method cannot treat.
+    ValueError
+        A label that is no class, or a network too large for the method.
+
+    Examples
+    --------
+    >>> head = nn.Linear(1, 2)
+    >>> _, _ = nn.init.constant_(head.weight[0], 0), nn.init.constant_(head.weight[1], 2)
+    >>> recession_slope(nn.Sequential(nn.Flatten(), nn.ReLU(), head), "L2", labels=[0]).value
+    2.0
+    """
+    exponent(norm)
+    net = from_module(net)
+    choice("method", method, ("auto", "cones", "cells", "milp", "bounds"))
+    pairs = pairs_of(net.classes, labels)
+    limit = net.recession()
+    cells = enumerate(limit) if method == "cones" else enumerate(net) if method == "cells" else None
+    if method == "auto":
+        cells = few(limit)
+    if cells is not None:
+        return _over_cones([cells], [pairs], norm, "cells" if method == "cells" else "cones")
+    if method == "milp":
+        return milp.recession(limit.dense, norm, pairs, time_limit)
+    upper = float(bounds.recession_upper(net, norm, pairs).max())
+    values, directions = bounds.recession_lower(net, norm, pairs, starts=starts, seed=seed)
+    best = int(values.argmax())
+    label, rival = pairs[best]
+    return Slope(float(values[best]), upper, "bounds", directions[best].flatten().cpu().numpy(), label, rival)
+
+
+def sample_slope(net: Net | nn.Module, x: Tensor, y: Tensor, norm: str) -> Slope:
+    r""":math:`l_N`: the slope l as seen from the cells of the sample alone (Corollary 3.2, eq. 9).
+
+    The largest :math:`[(e_j - e_{y_i})^\top J_D u]_+` over the samples i, the masks D at :math:`x_i`, the rivals j, and
+    the directions u of unit norm in the recession cone of D's cell. It is at most l, and
+    :math:`E + l_N\epsilon \le V(\epsilon)`.
+
+    Parameters
+    ----------
+    net : Net or nn.Module
+        Affine layers and ReLU.
+    x : Tensor, shape (N, \*shape)
+    y : int64 Tensor, shape (N,)
+    norm : {"Linf", "L2", "L1"}
+
+    Returns
+    -------
+    Slope
+        Exact.
+
+    Raises
+    ------
+    NotPiecewiseAffine
+        The layer named is neither affine nor ReLU.
+    ValueError
+        The sample is no sample.
+
+    Examples
+    --------
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> slope = sample_slope(net, torch.zeros(1, 2), torch.tensor([0]), "L2")
+    >>> 0 <= slope.value <= recession_slope(net, "L2", [0]).value + 1e-9
+    True
+    """
+    exponent(norm)
+    net = from_module(net, x.shape[1:] if isinstance(x, Tensor) else None)
+    y = check_sample(x, y, None)
+    check_labels(y, net.classes)
+    points = x.detach().flatten(1).double().cpu().numpy()
+    return _over_cones(
+        (at(net, point) for point in points), (pairs_of(net.classes, [k]) for k in y.tolist()), norm, "cells"
+    )
+
+
+def _over_cones(groups: Iterable[Cells], pairs: Iterable[list[tuple[int, int]]], norm: str, method: str) -> Slope:
+    """The steepest growth over the recession cones of some cells, each for its pairs (label, rival).
+
+    In each group the pairs are tried in the order of the dual norm of their gradients, which no cone can exceed.
+    """
+    best = Slope(0.0, 0.0, method)
+    for cells, of in zip(groups, pairs, strict=True):
+        J, _ = cells.affine()
+        k, j = np.array(of).T
+        gradients = J[:, j] - J[:, k]
+        steep = np.linalg.norm(gradients, exponent(dual(norm)), axis=2)
+        cones: dict[int, Array] = {}
+        for index in np.argsort(-steep, axis=None):
+            cell, pair = np.unravel_index(index, steep.shape)
+            if steep[cell, pair] <= best.upper:
+                break
+            if cell not in cones:
+                cones[int(cell)] = cells.constraints(int(cell))[0]
+            value, direction = cone_maximum(gradients[cell, pair], cones[int(cell)], norm)
+            if value > best.upper:
+                best = Slope(value, value, method, direction, *of[pair])
+    return best

@@ -47,7 +47,7 @@ experiments: env  ## rerun the recorded experiments (2 minutes, and 5 more where
 	else echo "WDA_DATA is not set: the records in data/results/mnist stay as they are"; fi
 	@$(MAKE) readme
 
-models: env  ## train the bundled models again (3 minutes) and compare their accuracies with their cards
+models: env  ## train the bundled models again (4 minutes) and compare their accuracies with their cards
 	$(BIN)/python workflow/train_models.py --check
 
 notebooks: env  ## rerun notebooks/ in place: stored outputs and .py twins

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wda import DataUnavailable, data, models
 
 ROOT = Path(__file__).parents[1]
-BUNDLED = ("digits-cnn", "digits-cnn-adv", "digits-gelu", "digits-mlp")
+BUNDLED = ("digits-cnn", "digits-cnn-adv", "digits-gelu", "digits-mlp", "digits-vit", "digits-vit-nonorm")
 
 
 def percent_correct(model: nn.Module, split: str) -> float:
@@ -229,9 +229,79 @@ def weights() -> dict[str, Tensor]:
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
+class TransformerByHand(nn.Module):
+    """What TRANSFORMER says, written out; its attention is torch's own."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        w = self.w = weights
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+        names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+        self.attention.load_state_dict(dict(zip(names, (w["q"], w["qb"], w["o"], w["ob"]), strict=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f, w = nn.functional, self.w
+        scale, shift = w["bw"] / (w["bv"] + 0.25).sqrt(), w["bb"] - w["bm"] * w["bw"] / (w["bv"] + 0.25).sqrt()
+        x = f.conv2d(x, w["c"]) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+        x = x * torch.sigmoid(x)
+        x = sum(x[:, :, i::2, j::2] for i in range(2) for j in range(2)) / 4
+        x = torch.einsum("ndhw->nhwd", x).reshape(len(x), -1, 8) + w["p"]
+        spread = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        normed = spread * w["nw"] + w["nb"]
+        x = x + self.attention(normed, normed, normed)[0]
+        return x.sum(1) / x.shape[1]
+
+
+TRANSFORMER = [
+    {"op": "conv2d", "weight": "c"},
+    {"op": "batchnorm2d", "weight": "bw", "bias": "bb", "mean": "bm", "variance": "bv", "eps": 0.25},
+    {"op": "silu"},
+    {"op": "avgpool2d", "size": 2},
+    {"op": "tokens"},
+    {"op": "position", "embedding": "p"},
+    {"op": "residual", "shortcut": [],
+     "branch": [{"op": "layernorm", "weight": "nw", "bias": "nb"},
+                {"op": "attention", "heads": 2, "qkv": "q", "qkv_bias": "qb", "output": "o", "output_bias": "ob"}]},
+    {"op": "meanpool"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def transformer_weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {"c": (8, 2, 3, 3), "p": (6, 8), "q": (24, 8), "qb": (24,), "o": (8, 8), "ob": (8,)}
+    shapes |= dict.fromkeys(("bw", "bb", "bm", "bv", "nw", "nb"), (8,))
+    weights = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    return weights | {"bv": weights["bv"].square()}
+
+
 def test_build_makes_the_network_that_the_layers_describe(weights: dict[str, Tensor]) -> None:
     x = torch.rand(5, 2, 8, 8)
     torch.testing.assert_close(models.build(LAYERS, weights, INPUT)(x), ByHand(weights)(x))
+
+
+def test_build_makes_a_transformer(transformer_weights: dict[str, Tensor]) -> None:
+    x = torch.rand(5, 2, 6, 8, dtype=torch.float64)
+    before = {name: tensor.clone() for name, tensor in transformer_weights.items()}
+    net = models.build(TRANSFORMER, transformer_weights)
+    torch.testing.assert_close(net(x), TransformerByHand(transformer_weights)(x))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer_weights.items())  # fixed statistics
+
+
+def test_every_layer_can_be_traced(weights: dict[str, Tensor], transformer_weights: dict[str, Tensor]) -> None:
+    nets = [
+        (models.build(LAYERS, weights, INPUT), torch.rand(5, 2, 8, 8)),
+        (models.build(TRANSFORMER, transformer_weights), torch.rand(5, 2, 6, 8, dtype=torch.float64)),
+        *((models.load(name), torch.rand(5, 1, 8, 8)) for name in BUNDLED),
+    ]
+    for net, x in nets:
+        torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4, 4), (3, 7)])
+def test_one_channel_is_normalised_whatever_the_shape(shape: tuple[int, ...]) -> None:
+    x = torch.rand(shape)
+    torch.testing.assert_close(models.build([], {}, {"mean": [0.25], "std": [0.5]})(x), 2 * x - 0.5)
 
 
 def test_normalisation_is_only_there_where_it_does_something(weights: dict[str, Tensor]) -> None:
@@ -240,7 +310,19 @@ def test_normalisation_is_only_there_where_it_does_something(weights: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("layer", "named"), [({"op": "tanh"}, "op='tanh': one of"), ({"op": "linear", "weight": "v"}, "no tensor 'v'")]
+    ("layer", "named"),
+    [
+        ({"op": "tanh"}, "op='tanh': one of relu, .*batchnorm2d, .*residual is accepted"),
+        ({"op": "linear", "weight": "v"}, "no tensor 'v'"),
+        ({"op": "position", "embedding": "v"}, "no tensor 'v'"),
+        ({"op": "linear"}, "layer 'linear': missing a required argument: 'weight'; weight, bias is accepted"),
+        ({"op": "maxpool2d", "size": 2, "stride": 1}, "layer 'maxpool2d': .*'stride'; size is accepted"),
+        ({"op": "relu", "slope": 0.1}, "layer 'relu': .*'slope'; no option is accepted"),
+        ({"op": "linear", "weight": "l", "bias": "cb"}, r"bias='cb' of shape \(3,\): \(4,\) is needed in Linear"),
+        ({"op": "layernorm", "weight": "cb", "bias": "lb"}, r"bias='lb' of shape \(4,\): \(3,\) is needed"),
+        ({"op": "attention", "heads": 2, "qkv": "l", "output": "l"}, "qkv of width 4, output from width 12, heads=2"),
+        ({"op": "attention", "heads": 0, "qkv": "l", "output": "l"}, "heads=0: a whole number >= 1"),
+    ],
 )
 def test_build_names_what_it_does_not_know(layer: dict[str, str], named: str, weights: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=named):

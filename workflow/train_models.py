@@ -1,6 +1,6 @@
 """Train the models that come with the package, and write them to data/models.
 
-    python workflow/train_models.py                    # train all four, write weights and cards
+    python workflow/train_models.py                    # train all, write weights and cards
     python workflow/train_models.py --check            # train again, compare accuracies with the cards, write nothing
 
 Each is a small network on scikit-learn's digits, trained with a fixed seed. On another machine rounding differs, so
@@ -47,11 +47,34 @@ def convolutional() -> nn.Sequential:
     )
 
 
+def transformer(*, norm_last: bool, width: int = 32, heads: int = 4) -> nn.Sequential:
+    """A vision transformer (Dosovitskiy et al. 2021) on 16 patches of 2 by 2 pixels, with two pre-norm blocks.
+
+    Pre-norm: the normalisation is in the branches, so what passes between the blocks is not bounded. `norm_last` puts
+    one more before the head, and with it the logits are.
+    """
+
+    def block() -> list[nn.Module]:
+        attend = models.Attention(nn.Linear(width, 3 * width), nn.Linear(width, width), heads)
+        mlp = (nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        branches = nn.Sequential(nn.LayerNorm(width), attend), nn.Sequential(nn.LayerNorm(width), *mlp)
+        return [models.Residual(branch, nn.Sequential()) for branch in branches]
+
+    return nn.Sequential(
+        *(nn.Conv2d(1, width, 2, stride=2), models.Tokens(), models.Position(0.02 * torch.randn(16, width))),
+        *(*block(), *block(), models.TokenMean()),
+        *([nn.LayerNorm(width)] if norm_last else []),
+        nn.Linear(width, 10),
+    )
+
+
 NETWORKS = {
     "digits-mlp": lambda: multilayer(64, 48, 10, activation=nn.ReLU),
     "digits-cnn": convolutional,
     "digits-cnn-adv": convolutional,
     "digits-gelu": lambda: multilayer(64, 48, 48, 10, activation=nn.GELU),
+    "digits-vit": lambda: transformer(norm_last=True),
+    "digits-vit-nonorm": lambda: transformer(norm_last=False),
 }
 RECIPE = {
     "seed": 0,
@@ -63,12 +86,29 @@ RECIPE = {
     "weight_decay": 1e-4,
 }
 ADVERSARY = {"attack": "pgd", "norm": "Linf", "eps": 0.15, "steps": 10}
-OPS = {nn.Linear: "linear", nn.Conv2d: "conv2d", nn.ReLU: "relu", nn.GELU: "gelu", nn.Flatten: "flatten"}
+DIFFERENCES = {
+    "digits-cnn-adv": {"epochs": 100, "adversary": ADVERSARY},
+    "digits-vit": {"epochs": 100},
+    "digits-vit-nonorm": {"epochs": 100},
+}
+OPS = {
+    nn.Linear: "linear",
+    nn.Conv2d: "conv2d",
+    nn.ReLU: "relu",
+    nn.GELU: "gelu",
+    nn.Flatten: "flatten",
+    nn.LayerNorm: "layernorm",
+    models.Attention: "attention",
+    models.Position: "position",
+    models.Residual: "residual",
+    models.TokenMean: "meanpool",
+    models.Tokens: "tokens",
+}
 
 
 def recipe(name: str) -> dict:
     """How a model is trained."""
-    return {**RECIPE, "epochs": 100, "adversary": ADVERSARY} if name == "digits-cnn-adv" else dict(RECIPE)
+    return RECIPE | DIFFERENCES.get(name, {})
 
 
 def train(name: str) -> nn.Sequential:
@@ -110,17 +150,30 @@ def accuracy(net: nn.Module, split: str) -> float:
         return round(100 * (margin(net(x), y) < 0).double().mean().item(), 2)
 
 
-def layers(net: nn.Sequential) -> list[dict]:
-    """The list of layers that `wda.models.build` reads."""
-    listed = []
-    for position, module in enumerate(net):
-        layer: dict = {"op": OPS[type(module)]}
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            layer |= {"weight": f"{position}.weight", "bias": f"{position}.bias"}
-        if isinstance(module, nn.Conv2d):
-            layer |= {"stride": module.stride[0], "padding": module.padding[0]}
-        listed.append(layer)
-    return listed
+def layers(net: nn.Sequential, path: str = "") -> list[dict]:
+    """The list of layers that `wda.models.build` reads; `path` is where the network is in a larger one."""
+    return [{"op": OPS[type(module)], **options(module, f"{path}{position}.")} for position, module in enumerate(net)]
+
+
+def options(module: nn.Module, path: str) -> dict:
+    """What the list says of a layer beside its op; the names of its tensors in the weights begin with `path`."""
+    affine = {"weight": f"{path}weight", "bias": f"{path}bias"}
+    match module:
+        case nn.Linear():
+            return affine
+        case nn.Conv2d():
+            return {**affine, "stride": module.stride[0], "padding": module.padding[0]}
+        case nn.LayerNorm():
+            return {**affine, "eps": module.eps}
+        case models.Attention():
+            qkv = {"qkv": f"{path}qkv.weight", "qkv_bias": f"{path}qkv.bias"}
+            output = {"output": f"{path}output.weight", "output_bias": f"{path}output.bias"}
+            return {"heads": module.heads, **qkv, **output}
+        case models.Position():
+            return {"embedding": f"{path}embedding"}
+        case models.Residual():
+            return {part: layers(getattr(module, part), f"{path}{part}.") for part in ("branch", "shortcut")}
+    return {}
 
 
 def write(name: str, net: nn.Sequential, seconds: float) -> None:

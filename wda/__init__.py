@@ -1,10 +1,17 @@
 """Wasserstein distributional attacks and certificates for neural networks."""
 
-from wda import attacks, data, losses, models, norms
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from wda import attacks, data, losses, models, nets, norms
 from wda.attacks import attack
 from wda.distribution import AdversarialDistribution
-from wda.errors import BudgetExceeded, DataUnavailable
+from wda.errors import BudgetExceeded, DataUnavailable, NotPiecewiseAffine
 from wda.threat import Threat
+
+if TYPE_CHECKING:
+    from wda import cells, certificates
 
 __version__ = "0.1.0"
 
@@ -12,11 +19,22 @@ __all__ = [
     "AdversarialDistribution",
     "BudgetExceeded",
     "DataUnavailable",
+    "NotPiecewiseAffine",
     "Threat",
     "attack",
     "attacks",
+    "cells",
+    "certificates",
     "data",
     "losses",
     "models",
+    "nets",
     "norms",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import what needs SciPy's solvers when it is first used: they would make `import wda` slow."""
+    if name in ("cells", "certificates"):
+        return importlib.import_module(f"wda.{name}")
+    raise AttributeError(f"module 'wda' has no attribute {name!r}")

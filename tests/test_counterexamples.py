@@ -1,6 +1,7 @@
 """Each counterexample of the book's chapter on verdicts: the paper's number, the true one, and the repaired one.
 
-The true values come from closed forms and from `line_value`, a linear program that sees logits only.
+The true values come from closed forms and from `line_value`, a linear program that sees logits only. The package's
+certificates must agree with them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 import wda
-from wda import AdversarialDistribution, Threat, losses, norms
+from wda import AdversarialDistribution, Threat, cells, certificates, losses, norms
 
 NORMS = ("L1", "L2", "Linf")
 each_norm = pytest.mark.parametrize("norm", NORMS)
@@ -36,8 +37,9 @@ def one_hidden(
     hidden, head = nn.Linear(len(w1[0]), len(w1)), nn.Linear(len(w1), len(w2))
     net = nn.Sequential(hidden, activation(), head).double()
     with torch.no_grad():
-        hidden.weight.copy_(torch.tensor(w1)), hidden.bias.copy_(torch.tensor(b1))
-        head.weight.copy_(torch.tensor(w2)), head.bias.copy_(torch.tensor(b2 or [0.0] * len(w2)))
+        for layer, weight, bias in ((hidden, w1, b1), (head, w2, b2 or [0.0] * len(w2))):
+            layer.weight.copy_(torch.tensor(weight, dtype=torch.float64))
+            layer.bias.copy_(torch.tensor(bias, dtype=torch.float64))
     return net.eval()
 
 
@@ -115,6 +117,32 @@ def line_value(
     return -float(solved.fun)
 
 
+def worst_case(
+    net: nn.Module, kinks: Sequence[float], x: Sequence[float], y: Sequence[int], eps: float, loss: str = "margin"
+) -> float:
+    """The same, after the package has agreed."""
+    exact = line_value(net, kinks, x, y, eps, loss)
+    points, labels = torch.tensor(x, dtype=torch.float64)[:, None], torch.tensor(y)
+    for norm in ("L1", "Linf"):
+        threat = Threat(norm, eps, order=1, box=None)
+        assert certificates.worst_case_risk(net, points, labels, threat, loss) == pytest.approx(exact, abs=1e-7)
+    return exact
+
+
+def check_slopes(net: nn.Module, points: Sequence[float], labels: Sequence[int]) -> None:
+    """The package's constants and l against those of this file; `points` has one in each cell."""
+    for norm in NORMS:
+        by_kind = {
+            "paper": eq6(net, points, norm),
+            "corrected": corrected(net, points, norm),
+            "margin": margin_constant(net, points, labels),
+        }
+        for kind, expected in by_kind.items():
+            assert certificates.lipschitz(net, norm, kind, labels).value == pytest.approx(expected), (norm, kind)
+        slope = certificates.recession_slope(net, norm, labels).value
+        assert slope == pytest.approx(max(0.0, eq7(net, labels)))
+
+
 def risk(net: nn.Module, atoms: Sequence[tuple[float, Sequence[float]]], label: int, loss: str = "margin") -> float:
     """The mean loss of atoms (mass, point) of one label."""
     points = torch.tensor([point for _, point in atoms], dtype=torch.float64)
@@ -133,11 +161,19 @@ NET_B = one_hidden([[1.0, 0.5]], [0.0], [[-1.0], [1.0], [0.3]])
 def test_upper_bound_fails_at_r_1_on_one_unit(loss: str) -> None:
     start = {"margin": 0.0, "ce": math.log(2)}[loss]
     paper = start + eq6(NET_A, [-1, 1], "L1") * 1.0
-    value = line_value(NET_A, [0], [0.0], [0], 1.0, loss)
+    value = worst_case(NET_A, [0], [0.0], [0], 1.0, loss)
     assert paper == pytest.approx({"margin": 1.0, "ce": 1.6931}[loss], abs=1e-4)
     assert value == pytest.approx({"margin": 2.0, "ce": 2.6931}[loss], abs=1e-4)
     assert value <= start + corrected(NET_A, [-1, 1], "L1") + 1e-9  # and here with equality
     assert margin_constant(NET_A, [-1, 1], [0]) == corrected(NET_A, [-1, 1], "L1") == 2.0
+    check_slopes(NET_A, [-1, 1], [0])
+    # the package's own distribution, audited without tolerance, breaks the printed bound as well
+    ball = Threat("L1", 1.0, order=1, box=None)
+    adv = certificates.worst_case_distribution(
+        NET_A, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0]), ball, loss
+    )
+    adv.audit()
+    assert adv.risk(NET_A, loss) == pytest.approx(value, abs=1e-5)
     # the distributions that break it need no limit
     two_atoms, one_atom = [(0.9, [0.0]), (0.1, [10.0])], [(1.0, [1.0])]
     for atoms, expected in ((two_atoms, {"margin": 2.0, "ce": 2.6238}), (one_atom, {"margin": 2.0, "ce": 2.1269})):
@@ -152,7 +188,7 @@ def test_the_constant_of_eq_6_is_right_for_r_2_alone(norm: str, constant: float)
     assert eq7(NET_A) == eq7(NET_A, [0]) == 2.0
     assert eq6(NET_A, [-1, 1], norm) == pytest.approx(constant)
     assert corrected(NET_A, [-1, 1], norm) == pytest.approx(2.0)
-    assert line_value(NET_A, [0], [0.0], [0], 3.0) == pytest.approx(6.0)
+    assert worst_case(NET_A, [0], [0.0], [0], 3.0) == pytest.approx(6.0)
 
 
 def test_the_sufficient_condition_in_its_terms() -> None:
@@ -192,17 +228,23 @@ def test_upper_bound_fails_at_r_1_with_two_inputs_and_three_classes(loss: str) -
     repaired = max(float((J[j] - J[0]).abs().max()) for j in (1, 2))
     assert slope == pytest.approx(repaired) == 2.0
     assert paper < printed <= start + repaired
+    x, y, ball = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0]), Threat("L1", 1.0, order=1, box=None)
+    assert certificates.worst_case_risk(NET_B, x, y, ball, loss) == pytest.approx(start + repaired)
+    assert certificates.lipschitz(NET_B, "L1", "paper", [0]).value == pytest.approx(paper - start)
+    assert certificates.lipschitz(NET_B, "L1", "margin", [0]).value == pytest.approx(repaired)
+    assert certificates.recession_slope(NET_B, "L1", [0]).value == pytest.approx(repaired)
     assert start + repaired == pytest.approx({"margin": 2.0, "ce": 3.0986}[loss], abs=1e-4)
 
 
 @pytest.mark.parametrize(("M", "paper"), [(1, 2 * math.sqrt(2)), (100, 200.01)])
 def test_eq_6_grows_without_bound_on_one_and_the_same_loss(M: float, paper: float) -> None:
     net = one_hidden([[1.0]], [0.0], [[M - 1.0], [M + 1.0]])
+    check_slopes(net, [-1, 1], [0])
     assert eq6(net, [-1, 1], "L2") == pytest.approx(paper, abs=1e-4)
     assert eq6(net, [-1, 1], "L2") == pytest.approx(2 * math.sqrt(M**2 + 1))
     assert corrected(net, [-1, 1], "Linf") == pytest.approx(2 * M)
     assert margin_constant(net, [-1, 1], [0]) == pytest.approx(2.0)  # repaired
-    assert line_value(net, [0], [0.0], [0], 1.0) == pytest.approx(2.0)  # true
+    assert worst_case(net, [0], [0.0], [0], 1.0) == pytest.approx(2.0)  # true
 
 
 def test_a_rival_that_never_leads_counts_in_l_margin() -> None:
@@ -211,9 +253,10 @@ def test_a_rival_that_never_leads_counts_in_l_margin() -> None:
     grid = np.linspace(-3, 3, 601)
     modulus = np.abs(np.diff(loss_at(net, list(grid), 1)) / np.diff(grid)).max()
     assert modulus == pytest.approx(1.0)
+    check_slopes(net, [-1, 0.5, 2], [1])
     assert margin_constant(net, [-1, 0.5, 2], [1]) == 2.0
     assert margin_constant(net, [-1, 0.5, 2], [0]) == 1.0  # label 1 has no such rival
-    assert line_value(net, [0, 1], [1.0], [1], 0.5) == pytest.approx(99.5)
+    assert worst_case(net, [0, 1], [1.0], [1], 0.5) == pytest.approx(99.5)
 
 
 def test_the_active_rivals_alone_do_not_bound_the_cross_entropy() -> None:
@@ -222,13 +265,17 @@ def test_the_active_rivals_alone_do_not_bound_the_cross_entropy() -> None:
     start = math.log(10) / 11
     active, full = 1.0, margin_constant(net, [-1, 1], [0])
     assert full == 10.0
+    check_slopes(net, [-1, 1], [0])
+    x, y = torch.tensor([[start]], dtype=torch.float64), torch.tensor([0])
+    assert certificates.initial_slope(net, x, y, "Linf", "ce").value == pytest.approx(1.1541, abs=1e-4)
+    assert certificates.initial_slope(net, x, y, "Linf", "margin").value == pytest.approx(active)
     E = float(loss_at(net, [start], 0, "ce")[0])
-    value = line_value(net, [0], [start], [0], 0.1, "ce")
+    value = worst_case(net, [0], [start], [0], 0.1, "ce")
     assert (value - E) / 0.1 == pytest.approx(1.1541, abs=1e-4)
     assert value == pytest.approx(0.97244, abs=1e-5)
     assert E + active * 0.1 == pytest.approx(0.95702, abs=1e-5)
     assert E + active * 0.1 < value <= E + full * 0.1
-    margin = line_value(net, [0], [start], [0], 0.1)  # for the margin the active rivals are enough
+    margin = worst_case(net, [0], [start], [0], 0.1)  # for the margin the active rivals are enough
     assert margin == pytest.approx(start + active * 0.1)
 
 
@@ -238,22 +285,25 @@ def test_the_active_rivals_alone_do_not_bound_the_cross_entropy() -> None:
 @pytest.mark.parametrize(("loss", "start"), [("margin", 0.0), ("ce", math.log(2))])
 def test_lower_bound_needs_the_label_in_the_data(loss: str, start: float) -> None:
     net = one_hidden([[1.0]], [0.0], [[1.0], [0.0]])
+    check_slopes(net, [-1, 1], [0])
+    check_slopes(net, [-1, 1], [0, 1])
     assert eq7(net) == 1.0  # from the pair k' = 1, k = 2
     assert max(eq7(net, [0]), 0.0) == 0.0  # repaired: label 1 alone occurs
     for eps in (0.1, 1.0, 10.0):
-        assert line_value(net, [0], [0.0], [0], eps, loss) == pytest.approx(start)
+        assert worst_case(net, [0], [0.0], [0], eps, loss) == pytest.approx(start)
         assert start < start + eq7(net) * eps
     # with a sample of label 2 the slope is the paper's
-    both = line_value(net, [0], [0.0, 0.0], [0, 1], 1.0, loss)
+    both = worst_case(net, [0], [0.0, 0.0], [0, 1], 1.0, loss)
     assert both == pytest.approx(start + 1.0)
 
 
 def test_sphere_and_ball_differ_where_every_ray_goes_down() -> None:
     """theta = (relu(x) + relu(-x - 1), 0), label 1: the supremum over the sphere is -1, V stays at E."""
     net = one_hidden([[1.0], [-1.0]], [0.0, -1.0], [[1.0, 1.0], [0.0, 0.0]])
+    check_slopes(net, [-3, -0.5, 1], [0])
     assert eq7(net, [0]) == -1.0
     assert max(eq7(net, [0]), 0.0) == 0.0
-    assert line_value(net, [-1, 0], [-0.5], [0], 3.0) == pytest.approx(0.0) == loss_at(net, [-0.5], 0)[0]
+    assert worst_case(net, [-1, 0], [-0.5], [0], 3.0) == pytest.approx(0.0) == loss_at(net, [-0.5], 0)[0]
 
 
 def test_corollary_3_2_holds_but_may_say_nothing() -> None:
@@ -263,8 +313,11 @@ def test_corollary_3_2_holds_but_may_say_nothing() -> None:
     l_N = max(0.0, *(float(-1 * (own[j] - own[0])) for j in (0, 1)))  # rec of (-inf, 1) is the ray to the left
     slope = max(eq7(net, [0]), 0.0)
     assert (l_N, slope) == (0.0, 1.0)
+    x, y = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0])
+    assert certificates.sample_slope(net, x, y, "L2").value == l_N
+    check_slopes(net, [0, 2], [0])
     for eps in (0.5, 4.0):
-        assert eps * l_N <= eps * slope <= line_value(net, [1], [0.0], [0], eps) + 1e-9
+        assert eps * l_N <= eps * slope <= worst_case(net, [1], [0.0], [0], eps) + 1e-9
 
 
 def test_the_interior_of_a_recession_cone_may_be_empty() -> None:
@@ -279,6 +332,9 @@ def test_the_interior_of_a_recession_cone_may_be_empty() -> None:
     far = [risk(net, [(1.0, list(1e6 * d))], 0) / 1e6 for d in u[::100]]
     assert far == pytest.approx(slope[::100], abs=1e-5)
     assert slope.max() == pytest.approx(math.sqrt(2))  # l at r = 2
+    x, y = torch.tensor([[0.5, 1.0]], dtype=torch.float64), torch.tensor([0])
+    assert certificates.sample_slope(net, x, y, "L2").value == pytest.approx(1.0)
+    assert certificates.recession_slope(net, "L2", [0]).value == pytest.approx(math.sqrt(2))
 
 
 @pytest.mark.parametrize("eps", [0.1, 0.5, 2.0])
@@ -289,6 +345,9 @@ def test_lower_bound_fails_on_a_bounded_set(eps: float) -> None:
     value, paper = -solved.fun, 0.5 + 1.0 * eps
     assert value == pytest.approx(0.5 + min(eps, 0.5))
     assert (value < paper - 1e-9) == (eps > 0.5)
+    net = one_hidden([[1.0]], [0.0], [[0.0], [1.0]])
+    x, y, threat = torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([0]), Threat("L1", eps, box=(0.0, 1.0))
+    assert certificates.worst_case_risk(net, x, y, threat) == pytest.approx(value)
     best, furthest = 1.0, 0.5  # repaired: M and the mean distance to the maximisers
     assert 0.5 + min(1.0, eps / furthest) * (best - 0.5) <= value + 1e-9 <= min(best, 0.5 + eps) + 2e-9
 
@@ -301,7 +360,8 @@ def test_upper_bound_fails_on_a_set_that_is_not_convex() -> None:
     value = float(at[0] + (at[1] - at[0]) * 1.0 / 3)  # budget 1 carries a third of the mass
     assert paper == 0.0
     assert value == pytest.approx(10 / 3)
-    assert value <= 1.0 * eq6(net, [0.0, 1.5, 3.0], "L2")  # repaired: the cells of the convex hull
+    repaired = certificates.lipschitz(net, "L2", "margin", [0], box=(0.0, 3.0)).value  # the cells of the convex hull
+    assert value <= repaired == pytest.approx(10.0)
 
 
 def test_neither_bound_holds_for_the_ratio() -> None:
@@ -314,7 +374,7 @@ def test_neither_bound_holds_for_the_ratio() -> None:
     grid = list(np.linspace(-20, 20, 4001))
     assert abs(loss_at(net, grid, 0, "dlr")).max() <= 1 + 1e-12  # K = 3: V <= 1 at every budget
     assert eq7(net) * 2.0 > 1.0
-    margin = line_value(net, [-1], [0.0], [0], 0.01)  # repaired: the margin obeys both
+    margin = worst_case(net, [-1], [0.0], [0], 0.01)  # repaired: the margin obeys both
     assert margin == pytest.approx(0.01)
     assert margin <= eq6(net, [-2, 0], "L2") * 0.01
 
@@ -335,17 +395,21 @@ def test_masks_without_an_interior_do_not_count() -> None:
     x = np.linspace(-5, 5, 101)
     moduli = np.diff(np.maximum(w1 * x, 0).T @ w2[0]) / np.diff(x)
     assert moduli == pytest.approx(np.ones(100))
+    net = one_hidden([[1.0], [-1.0]], [0.0, 0.0], [[0.0, 0.0], [1.0, -1.0]])
+    assert len(cells.enumerate(net)) == 2
+    assert certificates.lipschitz(net, "L2", "margin", [0]).value == pytest.approx(1.0)
 
 
 def test_the_remark_is_a_network_whose_upper_bound_is_not_tight() -> None:
     h = [1.0, 1.0, -0.5, -0.5]
     net = one_hidden([[1.0], [-1.0], [1.0], [-1.0]], [0.0, 0.0, -1.0, -1.0], [[-v / 2 for v in h], [v / 2 for v in h]])
-    cells = [-2.0, -0.5, 0.5, 2.0]
-    assert eq6(net, cells, "L2") == pytest.approx(1.0) == margin_constant(net, cells, [0])
+    points = [-2.0, -0.5, 0.5, 2.0]
+    check_slopes(net, points, [0])
+    assert eq6(net, points, "L2") == pytest.approx(1.0) == margin_constant(net, points, [0])
     assert eq7(net, [0]) == pytest.approx(0.5)
     for eps in (0.1, 1.0, 5.0):
-        assert line_value(net, [-1, 0, 1], [2.0], [0], eps) == pytest.approx(1.5 + eps / 2)
-        assert line_value(net, [-1, 0, 1], [0.0], [0], eps) == pytest.approx(min(eps, (1 + eps) / 2))  # no line at all
+        assert worst_case(net, [-1, 0, 1], [2.0], [0], eps) == pytest.approx(1.5 + eps / 2)
+        assert worst_case(net, [-1, 0, 1], [0.0], [0], eps) == pytest.approx(min(eps, (1 + eps) / 2))  # no line at all
 
 
 # Theorem 3.3 --------------------------------------------------------------------------------------------------------
@@ -388,9 +452,12 @@ def test_smooth_lower_bound_fails(activation: type[nn.Module], scale: float, ste
         assert truth == pytest.approx({"margin": 2.0, "ce": 2.2014}[loss], abs=1e-4)
         assert claimed == pytest.approx({"margin": 2.6289, "ce": 2.8303}[loss], abs=1e-4)
     # the ReLU network with the same weights has the same slope at infinity: the repaired lower bound
+    assert certificates.recession_slope(net, "Linf", [0]).value == pytest.approx(tail, abs=1e-6)
+    upper = certificates.lipschitz(net, "Linf", "margin", [0])
+    assert upper.lower <= paper + 1e-6 <= upper.upper + 1e-5
     relu = two_kinks(nn.ReLU, scale, [0.0, 1.0])
     assert eq7(relu, [0]) == pytest.approx(tail, abs=1e-6)
-    assert line_value(relu, [0, 1], [2.0], [0], 1.0) == pytest.approx(2.0)
+    assert worst_case(relu, [0, 1], [2.0], [0], 1.0) == pytest.approx(2.0)
     # a distribution that comes close: mass 1/1000 a thousand away
     reached = risk(net, [(0.999, [2.0]), (0.001, [1002.0])], 0, loss)
     assert reached == pytest.approx(E + 0.5, abs=2e-3)
@@ -427,7 +494,36 @@ def test_smooth_upper_bound_fails_at_r_1_on_an_affine_map() -> None:
     with torch.no_grad():
         net.weight.copy_(torch.tensor([[-1.0], [1.0]]))
     assert eq6(net, [0.0], "L1") == 1.0
-    assert line_value(net, [], [0.0], [0], 1.0) == pytest.approx(2.0) == corrected(net, [0.0], "L1")
+    assert worst_case(net, [], [0.0], [0], 1.0) == pytest.approx(2.0) == corrected(net, [0.0], "L1")
+
+
+# Where l = L_margin -------------------------------------------------------------------------------------------------
+
+
+@each_norm
+@pytest.mark.parametrize("seed", range(4))
+def test_monotone_networks_have_one_slope(norm: str, seed: int) -> None:
+    """Nonnegative hidden weights and W^T(e_2 - e_1) >= 0: V = E + ||W_1^T W_2^T c||_s eps if label 1 occurs."""
+    g = torch.Generator().manual_seed(seed)
+    layers = [nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)]
+    net = nn.Sequential(*layers).double()
+    with torch.no_grad():
+        for layer in (layers[0], layers[2], layers[4]):
+            layer.weight.copy_(torch.rand(layer.weight.shape, generator=g))
+            layer.bias.copy_(torch.randn(layer.bias.shape, generator=g))
+        layers[4].weight[1] += layers[4].weight[0]  # both rise, the second one faster
+        c = layers[4].weight[1] - layers[4].weight[0]
+        steep = norms.norm((c @ layers[2].weight @ layers[0].weight)[None], norms.dual(norm)).item()
+    x, y = torch.randn(3, 2, generator=g, dtype=torch.float64), torch.tensor([0, 1, 0])
+    assert certificates.lipschitz(net, norm, "margin", [0, 1]).value == pytest.approx(steep)
+    assert certificates.recession_slope(net, norm, [0]).value == pytest.approx(steep)
+    assert certificates.recession_slope(net, norm, [1]).value == pytest.approx(0.0, abs=1e-9)
+    assert certificates.lipschitz(net, norm, "corrected").value > 1.01 * steep
+    with torch.no_grad():
+        E = losses.margin(net(x), y).mean().item()
+    for eps in (0.2, 2.0):
+        V = certificates.worst_case_risk(net, x, y, Threat(norm, eps, box=None))
+        assert pytest.approx(E + steep * eps, abs=1e-6) == V
 
 
 # Sections 2, 4 and 6 ------------------------------------------------------------------------------------------------

@@ -37,7 +37,18 @@ from wda.threat import Threat, radius_text
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["check_parameters", "costs", "frame", "interval", "partial", "read", "run", "run_notebook", "table"]
+__all__ = [
+    "check_parameters",
+    "costs",
+    "frame",
+    "interval",
+    "partial",
+    "provenance",
+    "read",
+    "run",
+    "run_notebook",
+    "table",
+]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -121,7 +132,7 @@ def run(
     for name, kappa in cells:
         adv = attack(name, net, x, y, threat, kappa=kappa, seed=seed, batch_size=batch_size)
         parameters = {**about, "attack": name, "kappa": kappa, "options": options(name)}
-        record = {"parameters": parameters, **_measure(adv, net, clean, batch_size), "provenance": _provenance(device)}
+        record = {"parameters": parameters, **_measure(adv, net, clean, batch_size), "provenance": provenance(device)}
         with write_atomically(Path(output) / _file_name(parameters)) as file:
             file.write(json.dumps(record, indent=1).encode())
         records.append(record)
@@ -240,8 +251,14 @@ def interval(mean: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _provenance(device: str) -> dict[str, Any]:
-    """Where a number is from: versions, the commit (with a + where files differ from it), the hardware used."""
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Where a number is from: versions, the commit (with a + where files differ from it), the hardware used.
+
+    Examples
+    --------
+    >>> sorted(provenance())
+    ['commit', 'cpu', 'gpu', 'python', 'threads', 'torch', 'wda']
+    """
     return {
         "wda": __version__,
         "commit": _commit(),

@@ -438,6 +438,9 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None) -> N
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}: a torch.nn.Module is accepted")
     exact = copy.deepcopy(model).double().eval().requires_grad_(False)
+    for name, module in exact.named_modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_var is None:
+            raise NotPiecewiseAffine(f"{type(module).__name__} '{name}' has no running statistics: it mixes samples")
     shape = _input_shape(exact) if shape is None else tuple(int(side) for side in shape)
     root = nn.Sequential(exact)
     try:
@@ -452,7 +455,8 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None) -> N
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"shape={shape}: the model fails on an input of this shape: {error}") from error
     probe = torch.linspace(0, 1, 2 * net.n).to(like).reshape(2, *shape)
-    if not torch.allclose(net(probe), root(probe), atol=1e-6, equal_nan=True):
+    one_by_one = torch.cat([root(sample[None]) for sample in probe])
+    if not torch.allclose(net(probe), one_by_one, atol=1e-6, equal_nan=True):
         raise NotPiecewiseAffine(f"{type(model).__name__}: its forward does more than its layers, or mixes samples")
     return net
 
@@ -613,8 +617,6 @@ def _convolution(kind: Any, module: nn.Conv2d, call: Map, value: Tensor) -> Node
 
 
 def _batch_norm(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
-    if module.running_var is None:
-        raise NotPiecewiseAffine(f"{type(module).__name__} without running statistics depends on the batch")
     scale = (module.running_var + module.eps).rsqrt()
     scale = (scale if module.weight is None else scale * module.weight).view(-1, *[1] * (value.ndim - 2))
     return replace(_scaling(value, scale), call=call)

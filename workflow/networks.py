@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -12,7 +13,7 @@ def random_net(*widths: int, seed: int = 0, activation: type[nn.Module] = nn.ReL
     """A fully connected network of the given widths, input first, logits last."""
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
-    for into, out in zip(widths, widths[1:], strict=False):
+    for into, out in itertools.pairwise(widths):
         linear = nn.Linear(into, out).double().requires_grad_(False)
         linear.weight.copy_(torch.randn(out, into, generator=generator, dtype=torch.float64) / math.sqrt(into))
         linear.bias.copy_(torch.randn(out, generator=generator, dtype=torch.float64))

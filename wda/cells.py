@@ -226,7 +226,7 @@ def few(net: Net | nn.Module, box: tuple[float, float] | None = None, limit: int
 def _check_size(dense: Dense, limit: int) -> None:
     n, m = dense.n, int(dense.weights[0][0].any(1).sum()) if dense.units else 0
     # through one point, half of the cells of m - 1 hyperplanes in a space of one dimension less
-    central = not any(b.any() for b in dense.bias)
+    central = m > 0 and not any(b.any() for b in dense.bias)
     count = sum(math.comb(m - central, i) for i in range(min(n - central, m) + 1)) * (2 if central else 1)
     if count > limit:
         raise TooManyCells(

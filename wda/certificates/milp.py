@@ -75,6 +75,13 @@ class Program:
         """A program that grows on its own from here."""
         return replace(self, integer=self.integer.copy())
 
+    def fixed(self, columns: Columns, values: Array | Mask) -> Program:
+        """A copy in which some variables have given values."""
+        other = self.copy()
+        other.lower, other.upper = self.lower.copy(), self.upper.copy()
+        other.lower[columns] = other.upper[columns] = values
+        return other
+
     def variables(self, lower: Array, upper: Array, integer: bool = False) -> Columns:
         """Add variables between `lower` and `upper` (m,); returns their columns."""
         first = len(self.lower)
@@ -175,15 +182,19 @@ class Graph:
     values: list[Columns]
     masks: list[Columns]
 
+    @property
+    def binaries(self) -> Columns:
+        """The columns of all binaries, (units in all,)."""
+        return np.concatenate([np.empty(0, np.intp), *self.masks])
+
     def mask(self, point: Array) -> Mask:
         """The mask (units in all,) that a point of the program has chosen."""
-        chosen: Mask = point[np.concatenate(self.masks)] > 0.5
-        return chosen
+        return np.asarray(point[self.binaries] > 0.5)
 
     def exclude(self, program: Program, mask: Mask, units: Mask) -> None:
         """Forbid that these `units` be as they are in `mask`."""
         sign = np.where(mask, -1.0, 1.0)[units]
-        program.rows([(sign[None], np.concatenate(self.masks)[units])], least=1.0 - mask[units].sum())
+        program.rows([(sign[None], self.binaries[units])], least=1.0 - mask[units].sum())
 
 
 def unit_ball(program: Program, n: int, norm: str) -> Columns:
@@ -414,14 +425,17 @@ def recession(dense: Dense, norm: str, pairs: Sequence[Pair], time_limit: float 
     tasks = [_growth(whole, pair, deadline) for pair in pairs]
 
     def examine(task: _Task, program: Program, point: Array) -> bool:
-        u = point[whole.values[0]]
-        length = np.linalg.norm(u, 1 if norm == "L1" else np.inf)
-        if length > 0:
-            u = u / length
-            logits = here.logits(u[None])[0]
-            label, rival = task.pair
-            best.see(float(logits[rival] - logits[label]), task.pair, u)
-        return False
+        # a binary that is 0 or 1 up to the solver's tolerance is fixed, so that the best point of its cell is exact
+        mask, chosen = whole.mask(point), program.integer[whole.binaries]
+        settled = program.fixed(whole.binaries[chosen], mask[chosen])
+        exact = settled.maximise(task.terms, deadline - time.monotonic(), relaxed=True).point
+        u = (point if exact is None else exact)[whole.values[0]]
+        u = u / (float(np.linalg.norm(u, 1 if norm == "L1" else np.inf)) or 1.0)
+        label, rival = task.pair
+        logits = here.logits(u[None])[0]
+        best.see(float(logits[rival] - logits[label]), task.pair, u)
+        whole.exclude(program, mask, chosen)
+        return bool(chosen.any())
 
     upper = _search(tasks, best, examine, deadline)
     label, rival = best.pair
@@ -563,7 +577,7 @@ def _search(
     solving again.
     """
     tasks = sorted(tasks, key=lambda task: -task.bound)
-    rounding = 1e-3 * _ACCURACY * tasks[0].bound
+    rounding = 0.1 * _ACCURACY * tasks[0].bound
     upper = best.value
     for i, task in enumerate(tasks):
         now = time.monotonic()

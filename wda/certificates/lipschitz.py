@@ -107,7 +107,7 @@ def _over_cells(cells: Cells, norm: str, kind: str, pairs: list[tuple[int, int]]
         cell, pair = np.unravel_index(steep.argmax(), steep.shape)
         return Slope(float(steep[cell, pair]), float(steep[cell, pair]), "cells", None, *pairs[pair])
     r = exponent(norm if kind == "corrected" else dual(norm))
-    largest = max(operator_norm(matrix, norm, dual(norm)) for matrix in torch.from_numpy(J))
+    largest = max(operator_norm(matrix, norm, dual(norm)) for matrix in torch.tensor(J))
     return Slope(2 ** (1 / r) * largest, 2 ** (1 / r) * largest, "cells")
 
 

@@ -22,7 +22,7 @@ export CHROMEDRIVER ?= $(shell command -v chromedriver)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ experiments: env  ## rerun the recorded experiments (2 minutes, and 5 more where
 	  -p model mnist_trades_smallcnn -p n 1000 -p eps 0.3 -p kappas "[1, 2]" -p dtype float32 -p output data/results/mnist; \
 	else echo "WDA_DATA is not set: the records in data/results/mnist stay as they are"; fi
 	@$(MAKE) readme
+
+theory: env  ## check the certificates on 300 random networks and record it (4 minutes)
+	$(BIN)/python workflow/theory.py
 
 models: env  ## train the bundled models again (4 minutes) and compare their accuracies with their cards
 	$(BIN)/python workflow/train_models.py --check

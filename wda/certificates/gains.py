@@ -247,7 +247,9 @@ def halved(net: Net, norm_name: str, pairs: Sequence[tuple[int, int]], steep: Se
     >>> bool(halved(net, "L2", [(0, 1)]) <= product(net, "L2", [(0, 1)]))
     True
     """
-    path, spread, layers = _around_the_middle(net, norm_name, pairs, slopes(net) if steep is None else steep)
+    path, spread, layers = _around_the_middle(
+        net, norm_name, margins(net, pairs), slopes(net) if steep is None else steep
+    )
     entries = path.abs()
     for T, layer in zip(spread, layers, strict=True):
         entries += T.abs() @ layer.entries
@@ -286,7 +288,7 @@ def homogeneous(limit: Net, norm_name: str, pairs: Sequence[tuple[int, int]]) ->
     >>> round(float(homogeneous(net, "L1", [(0, 1)])), 6)
     1.0
     """
-    path, spread, layers = _around_the_middle(limit, norm_name, pairs, slopes(limit))
+    path, spread, layers = _around_the_middle(limit, norm_name, margins(limit, pairs), slopes(limit))
     bound = _unit_gains(path, [T.clamp(min=0) for T in spread], layers, norm_name)
     return bound.to(limit.like) * (1 + ROUNDING)
 
@@ -300,9 +302,9 @@ class _Gains(NamedTuple):
 
 
 def _around_the_middle(
-    net: Net, norm_name: str, pairs: Sequence[tuple[int, int]], steep: Sequence[Bounds]
+    net: Net, norm_name: str, rows: Tensor, steep: Sequence[Bounds]
 ) -> tuple[Tensor, list[Tensor], list[_Gains]]:
-    """For the rows of the pairs: T_0, all T_j R_j, and the gains of the hidden layers j."""
+    """For rows of coefficients of the logits: T_0, all T_j R_j, and the gains of the hidden layers j."""
     dense = net.dense
     bounds = [(low[0].cpu(), high[0].cpu()) for low, high in steep]
     middle = [(low + high) / 2 for low, high in bounds]
@@ -312,7 +314,7 @@ def _around_the_middle(
     for h in range(len(dense.units) + 1):
         weights = [torch.from_numpy(W) for W in dense.weights[h]]
         if h == len(dense.units):
-            weights = [margins(net, pairs).cpu() @ W for W in weights]
+            weights = [rows.cpu() @ W for W in weights]
         scaled = [W * middle[i] for i, W in enumerate(weights[1:])]
         paths.append(
             [

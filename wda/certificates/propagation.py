@@ -8,6 +8,7 @@ rounding does to sums of this length, but no proof about floating point.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import relu
 
 from wda.errors import NotPiecewiseAffine
 from wda.nets import Map, Net, Node
@@ -183,7 +184,7 @@ def _bends(node: Node) -> bool:
 
 
 def _apply(node: Node, x: Tensor) -> Tensor:
-    return node.call(x) if _bends(node) else functional.relu(x)
+    return node.call(x) if _bends(node) else relu(x)
 
 
 def _derivative(call: Map, x: Tensor, order: int = 1) -> Tensor:
@@ -196,18 +197,21 @@ def _derivative(call: Map, x: Tensor, order: int = 1) -> Tensor:
     return value.detach()
 
 
+@functools.lru_cache(maxsize=64)
 def _turning_points(call: Map) -> tuple[Tensor, Tensor]:
     """Where the first and where the second derivative of an elementwise map change sign, in float64.
 
     Between turning points of f' it is monotone. They are looked for on [-40, 40]: beyond it GELU, SiLU, softplus and
-    the sigmoid are affine to double precision.
+    the sigmoid are affine to double precision. A derivative below 1e-13 has no sign.
     """
     grid = torch.linspace(-40.0, 40.0, 8001, dtype=torch.float64)
     found = []
     for order in (1, 2):
-        sign = _derivative(call, grid, order).sign()
+        derivative = _derivative(call, grid, order)
+        signed = (derivative.abs() > 1e-13).nonzero()[:, 0]
+        sign = derivative[signed].sign()
         at = (sign[1:] != sign[:-1]).nonzero()[:, 0]
-        low, high, start = grid[at], grid[at + 1], sign[at]
+        low, high, start = grid[signed[at]], grid[signed[at + 1]], sign[at]
         for _ in range(50):
             middle = (low + high) / 2
             left = _derivative(call, middle, order).sign() == start
@@ -355,6 +359,7 @@ def linear(
     radius: float | Tensor,
     norm_name: str,
     box: tuple[float, float] | None = None,
+    refine: float = math.inf,
 ) -> Bounds:
     r"""Bounds of linear functions of the logits over balls, by backward propagation of linear bounds.
 
@@ -377,6 +382,8 @@ def linear(
         At least 0.
     norm_name : {"Linf", "L2", "L1"}
     box : (float, float), optional
+    refine : float
+        A layer behind another activation with more units than this keeps its bounds by intervals.
 
     Returns
     -------
@@ -397,7 +404,7 @@ def linear(
     """
     flat = _without_pooling(net)[0]
     region = _region(net, centre, radius, norm_name, box)
-    lines, _ = _relax(flat, region)
+    lines, _ = _relax(flat, region, refine)
     count = len(region.centre)
     rows = rows.to(net.like).expand(count, -1, -1) if rows.ndim == 2 else rows.to(net.like)
     of = torch.arange(count, device=rows.device).repeat_interleave(rows.shape[1])
@@ -411,12 +418,13 @@ def preactivations(
     radius: float | Tensor,
     norm_name: str,
     box: tuple[float, float] | None = None,
+    refine: float = math.inf,
 ) -> list[Bounds]:
     """Bounds of what each activation is applied to, over balls: those that `linear` uses.
 
     Parameters
     ----------
-    net, centre, radius, norm_name, box
+    net, centre, radius, norm_name, box, refine
         As for `linear`.
 
     Returns
@@ -432,7 +440,7 @@ def preactivations(
     ([[-2.0, -2.0]], [[2.0, 2.0]])
     """
     flat, place = _without_pooling(net)
-    bounds = _relax(flat, _region(net, centre, radius, norm_name, box))[1]
+    bounds = _relax(flat, _region(net, centre, radius, norm_name, box), refine)[1]
     seen = [place[node.inputs[0]] for node in net.activations]
     return [(bounds[j][0].flatten(1), bounds[j][1].flatten(1)) for j in seen]
 
@@ -443,21 +451,27 @@ def _region(
     centre = centre.to(net.like).reshape(-1, *net.shape)
     if box is not None and bool(((centre < box[0]) | (centre > box[1])).any()):
         raise ValueError(f"the centre leaves box={box}: centres within it are accepted")
-    return _Region(centre, torch.as_tensor(radius).to(net.like).expand(len(centre)), norm_name, box)
+    reach = torch.as_tensor(radius, dtype=torch.float64, device=net.like.device).expand(len(centre))
+    if not bool((reach >= 0).all()):
+        raise ValueError(f"radius={radius}: numbers >= 0 are accepted")
+    return _Region(centre, reach, norm_name, box)
 
 
-def _relax(net: Net, region: _Region) -> tuple[dict[int, _Lines], list[Bounds]]:
+def _relax(net: Net, region: _Region, refine: float) -> tuple[dict[int, _Lines], list[Bounds]]:
     """Lines for each activation, and bounds of every value, refined by backward passes before each activation."""
     bounds = [region.interval()]
     lines: dict[int, _Lines] = {}
+    affine = {0}  # the values that are affine functions of the input
     refined = {0}  # over the region itself the interval is what a backward pass would give
     for i, node in enumerate(net.nodes, 1):
         if node.kind == "activation":
             j = node.inputs[0]
-            if j not in refined:
+            if j not in refined and (j in affine or math.prod(node.shape) <= refine):
                 bounds[j] = _refine(net, j, bounds[j], lines, region, everywhere=_bends(node))
                 refined.add(j)
             lines[i] = _bent_lines(node.call, *bounds[j]) if _bends(node) else _relu_lines(*bounds[j])
+        elif affine.issuperset(node.inputs):
+            affine.add(i)
         bounds.append(_image(node, [bounds[j] for j in node.inputs]))
     return lines, bounds
 
@@ -620,6 +634,6 @@ def _maximum(nodes: list[Node], node: Node, a: int, b: int) -> int:
     """Append a + [b - a]_+, and say which value it is."""
     nodes.append(Node("affine", node.name, (a,), node.shape, operator.neg, operator.neg, lambda v: v))
     nodes.append(Node("sum", node.name, (b, len(nodes)), node.shape, operator.add))
-    nodes.append(Node("activation", node.name, (len(nodes),), node.shape, functional.relu, activation="relu"))
+    nodes.append(Node("activation", node.name, (len(nodes),), node.shape, relu, activation="relu"))
     nodes.append(Node("sum", node.name, (a, len(nodes)), node.shape, operator.add))
     return len(nodes)

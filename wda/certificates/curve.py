@@ -24,7 +24,13 @@ _NEAR = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Tail:
-    """How mass gains at infinity: at which slope, from which sample, in which direction (n,) of unit norm."""
+    """How mass gains at infinity: at which slope, from which sample, in which direction (n,) of unit norm.
+
+    Examples
+    --------
+    >>> Tail(0.5, 0, np.array([1.0])).slope
+    0.5
+    """
 
     slope: float
     source: int

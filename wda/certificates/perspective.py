@@ -104,6 +104,15 @@ class Program:
     b : float64 array (R,)
     cell : int array (R,)
         The cell of each constraint.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from wda import cells
+    >>> found = cells.enumerate(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4)))
+    >>> value, points = program(found, np.zeros((1, 2)), [margin_pieces(0, 4)]).risk("Linf", 0.1)
+    >>> points.shape  # one point for each of 3 rivals and 7 cells
+    (1, 21, 2)
     """
 
     x: Array

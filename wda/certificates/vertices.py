@@ -30,7 +30,13 @@ _SINGULAR = 1e-13  # determinants of unit normals below this are rounding
 
 @dataclass(frozen=True)
 class Gauge:
-    """A polyhedral norm: its size, and the normals (h, n) of the hyperplanes through 0 along which it bends."""
+    """A polyhedral norm: its size, and the normals (h, n) of the hyperplanes through 0 along which it bends.
+
+    Examples
+    --------
+    >>> Gauge(lambda v: np.abs(v).sum(-1), np.eye(2)).size(np.array([3.0, -4.0]))
+    np.float64(7.0)
+    """
 
     size: Callable[[Array], Array]
     kinks: Array
@@ -99,7 +105,7 @@ def vertices(net: Net, x: Array, kinks: Array, box: tuple[float, float] | None =
     Raises
     ------
     ValueError
-        There are more than 10^8.
+        There would be more than 10^8.
 
     Examples
     --------
@@ -108,29 +114,22 @@ def vertices(net: Net, x: Array, kinks: Array, box: tuple[float, float] | None =
     >>> [points.shape for points in vertices(net, np.zeros((4, 2)), np.eye(2))]
     [(4, 9, 2)]
     """
-    arrangements = list(_arrangements(net, box))
-    n = net.n
+    A, b = _arrangements(net, box)
+    (count, units, n), h = A.shape, len(kinks)
     faces, level = (np.repeat(np.eye(n), 2, 0), np.tile(box, n)) if box else (np.zeros((0, n)), np.zeros(0))
-    free = [len(A) + len(faces) for A, _ in arrangements]
-    total = sum(math.comb(f + len(kinks), n) - math.comb(len(kinks), n) for f in free) * len(x)
-    if total > _MAX_POINTS:
-        raise ValueError(
-            f"the vertices are among {total:.3g} points for {len(x)} samples; up to {_MAX_POINTS:.0g} are tried: take "
-            "fewer samples at a time, or a smaller network"
-        )
-    for A, b in arrangements:
-        normals = np.concatenate([A, faces, kinks])
-        # column i holds the levels for sample i
-        common = np.repeat(np.append(-b, level)[:, None], len(x), 1)
-        levels = np.concatenate([common, kinks @ x.T])
-        size = np.linalg.norm(normals, axis=1, keepdims=True)
-        normals, levels = normals / size, levels / size
-        for chosen in _subsets(len(normals), n, max(1, _CHUNK // len(x))):
-            # kinks alone meet in the sample
-            chosen = chosen[chosen[:, 0] < len(common)]
-            chosen = chosen[np.abs(np.linalg.det(normals[chosen])) > _SINGULAR]
-            points = np.linalg.solve(normals[chosen], levels[chosen]).transpose(2, 0, 1)
-            yield np.clip(points, *box) if box else points
+    free = units + len(faces)
+    _require_few(count * (math.comb(free + h, n) - math.comb(h, n)) * len(x), net, len(x))
+    normals = np.concatenate([A, _repeat(faces, count), _repeat(kinks, count)], axis=1)
+    # the last axis is over the samples
+    common = np.concatenate([-b, _repeat(level, count)], axis=1)[:, :, None]
+    levels = np.concatenate([np.broadcast_to(common, (count, free, len(x))), _repeat(kinks @ x.T, count)], axis=1)
+    normals, levels = _normalised(normals, levels)
+    for chosen in _subsets(free + h, n, max(1, _CHUNK // (count * len(x)))):
+        chosen = chosen[chosen[:, 0] < free]  # kinks alone meet in the sample
+        planes, at = normals[:, chosen].reshape(-1, n, n), levels[:, chosen].reshape(-1, n, len(x))
+        regular = np.abs(np.linalg.det(planes)) > _SINGULAR
+        points = np.linalg.solve(planes[regular], at[regular]).transpose(2, 0, 1)
+        yield np.clip(points, *box) if box else points
 
 
 def rays(net: Net, kinks: Array) -> Array:
@@ -142,6 +141,11 @@ def rays(net: Net, kinks: Array) -> Array:
         A recession network: every hyperplane of it passes through 0.
     kinks : float64 array (h, n)
 
+    Raises
+    ------
+    ValueError
+        There would be more than 10^8.
+
     Examples
     --------
     >>> from wda.nets import from_module
@@ -149,29 +153,51 @@ def rays(net: Net, kinks: Array) -> Array:
     >>> rays(net.recession(), np.eye(1)).tolist()
     [[1.0], [-1.0]]
     """
-    n = net.n
-    directions = [np.empty((0, n))]
-    for A, _ in _arrangements(net, None):
-        normals = np.concatenate([A / np.linalg.norm(A, axis=1, keepdims=True), kinks])
-        for chosen in _subsets(len(normals), n - 1, _CHUNK):
-            # the last right singular vector is orthogonal to the n - 1 normals; any direction is admissible
-            directions.append(np.linalg.svd(normals[chosen].reshape(len(chosen), n - 1, n))[2][:, -1])
+    A, _ = _arrangements(net, None)
+    count, units, n = A.shape
+    _require_few(count * math.comb(units + len(kinks), n - 1), net, 1)
+    normals, _ = _normalised(np.concatenate([A, _repeat(kinks, count)], axis=1), np.zeros(1))
+    directions = [
+        # the last right singular vector is orthogonal to the n - 1 normals; any direction is admissible
+        np.linalg.svd(normals[:, chosen].reshape(count * len(chosen), n - 1, n))[2][:, -1]
+        for chosen in _subsets(units + len(kinks), n - 1, max(1, _CHUNK // count))
+    ]
     found = np.concatenate(directions)
     return np.concatenate([found, -found])
 
 
-def _arrangements(net: Net, box: tuple[float, float] | None) -> Iterator[tuple[Array, Array]]:
-    """The hyperplanes A x + b = 0 of all units: one arrangement for each mask of the layers before the last."""
+def _arrangements(net: Net, box: tuple[float, float] | None) -> tuple[Array, Array]:
+    """The hyperplanes A x + b = 0 of all units, (G, U, n) and (G, U): for each mask of the layers before the last.
+
+    A unit that does not depend on x has a row of zeros.
+    """
     dense = net.dense
     before: Mask = np.zeros((1, 0), bool)
     if len(dense.units) > 1:
         before = np.unique(cells.enumerate(net, box).masks[:, : -dense.units[-1]], axis=0)
     forms = dense.forms(dense.split(before), len(dense.units) - 1)
-    for g in range(len(before)):
-        A = np.concatenate([A[g] for A, _ in forms] or [np.zeros((0, net.n))])
-        b = np.concatenate([b[g] for _, b in forms] or [np.zeros(0)])
-        depends = A.any(1)
-        yield A[depends], b[depends]
+    A = np.concatenate([A for A, _ in forms] or [np.zeros((1, 0, net.n))], axis=1)
+    b = np.concatenate([b for _, b in forms] or [np.zeros((1, 0))], axis=1)
+    return A, b
+
+
+def _repeat(values: Array, count: int) -> Array:
+    return np.broadcast_to(values, (count, *values.shape))
+
+
+def _normalised(normals: Array, levels: Array) -> tuple[Array, Array]:
+    """Unit normals; zeros stay, and no vertex comes from them."""
+    size = np.linalg.norm(normals, axis=-1, keepdims=True)
+    size = np.where(size > 0, size, 1)
+    return normals / size, levels / size
+
+
+def _require_few(points: int, net: Net, samples: int) -> None:
+    if points > _MAX_POINTS:
+        raise ValueError(
+            f"a network of {sum(net.units)} units in {net.n} dimensions, with {samples} samples: its vertices are "
+            f"among {points:.3g} points, and up to {_MAX_POINTS:.0g} are tried"
+        )
 
 
 def _subsets(count: int, size: int, chunk: int) -> Iterator[NDArray[np.intp]]:

@@ -163,6 +163,8 @@ class Net:
         point = x.detach().to(self.like).reshape(len(x), *self.shape).requires_grad_()
         with torch.enable_grad():
             logits = self(point)
+            if not logits.requires_grad:  # the zero network, as where the recession of what is bounded ends
+                return point.new_zeros(len(point), self.classes, self.n)
             rows = [
                 torch.autograd.grad(logits[:, k].sum(), point, retain_graph=True, materialize_grads=True)[0]
                 for k in range(self.classes)

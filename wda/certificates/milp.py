@@ -12,10 +12,13 @@ tolerances, about 1e-6, mean the same in every network.
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +42,8 @@ _ACCURACY = 1e-6
 _ROUNDING = 1e-11
 # how many points are tried before the first program
 _SAMPLES = 512
-# no program may use up more than this part of the time left, while others wait
-_SHARES = 64
+# the first try of a program may use up this part of the time left
+_SHARES = 16
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,14 @@ class _Task:
     constant: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Tasks that are made when their turn comes, which may take until a deadline; no optimum exceeds ``bound``."""
+
+    bound: float
+    tasks: Callable[[float], Iterable[_Task]]
+
+
 @dataclass
 class _Best:
     """The largest value seen so far."""
@@ -362,7 +373,6 @@ def lipschitz(
     whole = graph(program, here, unit_ball(program, dense.n, "Linf"), deadline)
     distinct = {tuple(sorted(pair)): pair for pair in reversed(pairs)}.values()
     best = _sampled(here, norm, list(distinct))
-    tasks = [task for pair in distinct for task in _gradients(whole, norm, pair, deadline)]
 
     def examine(task: _Task, program: Program, point: Array) -> bool:
         mask = whole.mask(point)
@@ -371,12 +381,16 @@ def lipschitz(
             best.see(float(_sizes(here, norm, mask[None], task.pair)[0]), task.pair)
             units = np.ones_like(mask)
         else:
-            for other in {id(task.program): task.program for task in tasks}.values():
-                whole.exclude(other, mask, units)
+            whole.exclude(task.program, mask, units)
+            whole.exclude(whole.program, mask, units)
         whole.exclude(program, mask, units)
         return True
 
-    upper = _search(tasks, best, examine, deadline)
+    groups = []
+    for pair in distinct:
+        make = partial(_gradients, whole, norm, pair)
+        groups.append(_Group(max(task.bound for task in make(-math.inf)), make))
+    upper = _Search(best, examine, deadline).run(groups)
     label, rival = best.pair
     return Slope(best.value * size / radius, upper * size / radius, "milp", label=label, rival=rival)
 
@@ -422,7 +436,6 @@ def recession(dense: Dense, norm: str, pairs: Sequence[Pair], time_limit: float 
     program = Program()
     whole = graph(program, here, unit_ball(program, dense.n, norm), deadline)
     best = _Best(0.0, pairs[0])
-    tasks = [_growth(whole, pair, deadline) for pair in pairs]
 
     def examine(task: _Task, program: Program, point: Array) -> bool:
         # a binary that is 0 or 1 up to the solver's tolerance is fixed, so that the best point of its cell is exact
@@ -437,7 +450,7 @@ def recession(dense: Dense, norm: str, pairs: Sequence[Pair], time_limit: float 
         whole.exclude(program, mask, chosen)
         return bool(chosen.any())
 
-    upper = _search(tasks, best, examine, deadline)
+    upper = _Search(best, examine, deadline).run(_growth(whole, pair, deadline) for pair in pairs)
     label, rival = best.pair
     return Slope(best.value * size, upper * size, "milp", direction=best.direction, label=label, rival=rival)
 
@@ -472,8 +485,8 @@ def _sizes(dense: Dense, norm: str, masks: Mask, pair: Pair) -> Array:
 def _sampled(dense: Dense, norm: str, pairs: Sequence[Pair]) -> _Best:
     """The largest gradient at random points of [-1, 1]^n."""
     width = max(dense.n, *dense.units, dense.classes) if dense.units else dense.n
-    count = max(1, min(_SAMPLES, 20_000_000 // (dense.n * width)))
-    masks = dense.mask(np.random.default_rng(0).uniform(-1, 1, (count, dense.n)))
+    points = max(1, min(_SAMPLES, 20_000_000 // (dense.n * width)))
+    masks = dense.mask(np.random.default_rng(0).uniform(-1, 1, (points, dense.n)))
     values = [float(_sizes(dense, norm, masks, pair).max()) for pair in pairs]
     return _Best(max(values), pairs[int(np.argmax(values))])
 
@@ -568,41 +581,58 @@ def _conflict(dense: Dense, mask: Mask) -> Mask:
     return units
 
 
-def _search(
-    tasks: Sequence[_Task], best: _Best, examine: Callable[[_Task, Program, Array], bool], deadline: float
-) -> float:
-    """An upper bound of all optima; `best` gets the largest value seen, which is returned where it is the maximum.
+@dataclass
+class _Search:
+    """Solves tasks until the best value seen is known to be the largest of all, or time is up.
 
-    `examine` looks at a feasible point, tells `best`, and returns whether it excluded the point, so that it is worth
-    solving again.
+    The task with the largest bound comes first, since it decides what is proved. It gets a share of the time left; if
+    it stays open it goes back, and the next time its share is twice as large. `examine` looks at a feasible point,
+    tells `best`, and returns whether it excluded the point, so that it is worth solving again. What differs by less
+    than `rounding` is the same.
     """
-    tasks = sorted(tasks, key=lambda task: -task.bound)
-    rounding = 0.1 * _ACCURACY * tasks[0].bound
-    upper = best.value
-    for i, task in enumerate(tasks):
-        now = time.monotonic()
-        upper = max(
-            upper, _branch(task, best, rounding, examine, now + (deadline - now) / min(len(tasks) - i, _SHARES))
-        )
-    return best.value if upper <= _close(best, rounding) else upper * (1 + _ACCURACY)
 
+    best: _Best
+    examine: Callable[[_Task, Program, Array], bool]
+    deadline: float
+    rounding: float = 0.0
 
-def _close(best: _Best, rounding: float) -> float:
-    """The largest bound that is as good as the best value."""
-    return best.value * (1 + _ACCURACY) + rounding
+    def run(self, tasks: Iterable[_Task | _Group]) -> float:
+        """An upper bound of all optima: the best value itself where that is proved."""
+        order = count()
+        waiting = [(-task.bound, next(order), 0, task) for task in tasks]
+        heapq.heapify(waiting)
+        self.rounding = -0.1 * _ACCURACY * waiting[0][0]
+        failed = self.best.value
+        while waiting and -waiting[0][0] > self.close and time.monotonic() < self.deadline:
+            bound, _, tries, task = heapq.heappop(waiting)
+            now = time.monotonic()
+            until = now + (self.deadline - now) * min(1.0, 2.0**tries / _SHARES)
+            if isinstance(task, _Group):
+                for part in task.tasks(until):
+                    heapq.heappush(waiting, (max(bound, -part.bound), next(order), 0, part))
+                continue
+            bound = max(bound, -self.solve(task, until))
+            if time.monotonic() >= until:
+                heapq.heappush(waiting, (bound, next(order), tries + 1, task))
+            else:  # solved, or given up by the solver
+                failed = max(failed, -bound)
+        upper = max(failed, *(-bound for bound, *_ in waiting), self.best.value)
+        return self.best.value if upper <= self.close else upper * (1 + _ACCURACY)
 
+    def solve(self, task: _Task, deadline: float) -> float:
+        """An upper bound of one program's optimum, no better than needed."""
+        bound, program = task.bound, task.program.copy()
+        if bound > self.close:
+            least = (self.best.value + self.close) / 2 - task.constant
+            program.rows([(row[None], columns) for row, columns in task.terms], least=least)
+        while bound > self.close:
+            optimum = program.maximise(task.terms, deadline - time.monotonic())
+            bound = min(bound, max(self.best.value, task.constant + optimum.bound))
+            if optimum.point is None or not self.examine(task, program, optimum.point):
+                break
+        return bound
 
-def _branch(
-    task: _Task, best: _Best, rounding: float, examine: Callable[[_Task, Program, Array], bool], deadline: float
-) -> float:
-    """An upper bound of one program's optimum, no better than needed."""
-    bound, program = task.bound, task.program.copy()
-    if bound > _close(best, rounding):
-        least = (best.value + _close(best, rounding)) / 2 - task.constant
-        program.rows([(row[None], columns) for row, columns in task.terms], least=least)
-    while bound > _close(best, rounding):
-        optimum = program.maximise(task.terms, deadline - time.monotonic())
-        bound = min(bound, max(best.value, task.constant + optimum.bound))
-        if optimum.point is None or not examine(task, program, optimum.point):
-            break
-    return bound
+    @property
+    def close(self) -> float:
+        """The largest bound that is as good as the best value."""
+        return self.best.value * (1 + _ACCURACY) + self.rounding

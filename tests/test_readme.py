@@ -22,7 +22,7 @@ def test_table_is_that_of_the_records() -> None:
 
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    named, own = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    named, own, certificates = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(named, "README.md", "exec"), {})
     assert (tmp_path / "adv.npz").is_file()
     names: dict[str, object] = {}
@@ -31,6 +31,9 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     plain = wda.AdversarialDistribution.from_points(x, wda.norms.clamp(x + names["step"], threat.box), y, threat)
     with pytest.raises(wda.BudgetExceeded, match="this is rounding"):  # what the example is there to avoid
         plain.audit()
+    exec(compile(certificates, "README.md", "exec"), names)
+    curve, worst = names["curve"], names["worst"]
+    assert worst.risk(names["net"], "margin") == pytest.approx(curve(0.5), abs=1e-4)
 
 
 def test_commands_name_existing_targets_and_parameters() -> None:

@@ -65,9 +65,17 @@ def test_three_routes_to_the_recession_slope(widths: tuple, norm: str, seed: int
         assert C.recession_slope(module, norm, labels).value == slope.value  # auto
         bounded = C.recession_slope(module, norm, labels, method="bounds")
         assert bounded.lower <= slope.value + 1e-7 <= bounded.upper + 2e-7
-        assert bounded.lower >= slope.value / 2  # the attack does not always find the best of small networks
         if norm != "L2":
             assert C.recession_slope(module, norm, labels, method="milp").value == pytest.approx(slope.value, abs=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("widths", [(2, 12, 3), (3, 16, 3)])
+def test_the_attack_comes_close(widths: tuple, norm: str) -> None:
+    """On the whole: a rise in one narrow cone may escape it."""
+    found = [C.recession_slope(random_net(*widths, seed=s), norm, method="bounds").lower for s in range(4)]
+    exact = [C.recession_slope(random_net(*widths, seed=s), norm, method="cones").value for s in range(4)]
+    assert np.mean(np.divide(found, exact)) > 0.98
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -12,9 +12,9 @@ from wda.certificates.propagation import Bounds, gradient, linear, margins, prea
 from wda.checks import whole
 from wda.errors import NotPiecewiseAffine
 from wda.nets import Net
-from wda.norms import dual_maximiser, norm
+from wda.norms import dual, dual_maximiser, norm
 
-__all__ = ["lipschitz_upper", "recession_lower", "recession_upper"]
+__all__ = ["lipschitz_upper", "recession_lower", "recession_upper", "steepest_pairs"]
 
 # wider layers behind another activation keep their bounds by intervals: seconds per network rather than minutes
 _REFINE = 2048
@@ -183,6 +183,35 @@ def recession_lower(
     found = [_climb(limit, row, _unit(first, norm_name), norm_name, steps) for row in rows]
     values, directions = zip(*found, strict=True)
     return torch.stack(values), torch.stack(directions)
+
+
+def steepest_pairs(
+    net: Net, norm_name: str, pairs: Sequence[tuple[int, int]], count: int = 10, starts: int = 50, seed: int = 0
+) -> list[tuple[int, int]]:
+    """The pairs with the steepest gradients of the recession network at random directions: worth attacking first.
+
+    Parameters
+    ----------
+    net, norm_name, pairs, seed
+        As for `recession_lower`.
+    count : int
+        How many pairs are returned at most.
+    starts : int
+        How many directions are tried.
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> net = from_module(torch.nn.Linear(2, 3))
+    >>> len(steepest_pairs(net, "L2", [(0, 1), (0, 2), (1, 2)], count=2))
+    2
+    """
+    limit = net.recession()
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(starts, *net.shape, generator=generator, dtype=torch.float64).to(net.like)
+    gradients = margins(limit, pairs) @ limit.jacobian(directions)
+    steepness = norm(gradients.flatten(0, 1), dual(norm_name)).view(starts, -1).amax(0)
+    return [pairs[int(i)] for i in steepness.topk(min(count, len(pairs))).indices]
 
 
 def _climb(limit: Net, row: Tensor, u: Tensor, norm_name: str, steps: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wda.nets import Array
 
@@ -34,7 +34,7 @@ class Slope:
     lower: float
     upper: float
     method: str
-    direction: Array | None = None
+    direction: Array | None = field(default=None, repr=False)
     label: int | None = None
     rival: int | None = None
 

@@ -22,7 +22,7 @@ from wda.certificates import (
     worst_case_distribution,
     worst_case_risk,
 )
-from wda.certificates.curve import Curve, envelopes
+from wda.certificates.curve import Curve, Tail, envelopes
 from wda.certificates.perspective import Program, margin_pieces, program
 from wda.certificates.vertices import polygon, rays, vertices
 from wda.errors import NotPiecewiseAffine
@@ -349,8 +349,6 @@ def test_without_hidden_layers_and_on_a_line(norm: str) -> None:
 
 def polygon_curve(net: nn.Module, x: Tensor, y: Tensor, half: int, box: tuple[float, float] | None) -> Curve:
     """V for the polygon in place of the disc, with the package's own pieces but another norm."""
-    from wda.certificates.curve import Tail
-
     view, around = from_module(net), polygon(half)
     ends = None
     if box is None:

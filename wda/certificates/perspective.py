@@ -123,7 +123,25 @@ class Program:
     cell: NDArray[np.intp]
 
     def risk(self, norm: str, eps: float) -> tuple[float, Array]:
-        """The value at budget `eps`, and the points (N, C, n) that the blocks with mass move to.
+        """Solve the program.
+
+        Parameters
+        ----------
+        norm : {"Linf", "L2", "L1"}
+        eps : float
+            The budget, in units of the input.
+
+        Returns
+        -------
+        float
+            V, to the solver's accuracy: about 1e-9 for "L2", rounding for the others.
+        float64 array (N, C, n)
+            Where each block with mass has it; the sample for the other blocks.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            "L2" needs cvxpy.
 
         Examples
         --------
@@ -145,8 +163,14 @@ class Program:
         r"""The steepest way up from a sample: the largest :math:`(g\cdot x+c-s_i)/\|x-x_i\|_r`, at least 0.
 
         Without the constraint on the masses and with a budget of 1 the program is positively homogeneous in each
-        block, and its value is the largest ratio; `start` (N,) holds the :math:`s_i`. At x = 0 for the recession
-        network and s = 0 this is the recession slope.
+        block, and its value is the largest ratio. At x = 0 for the recession network and s = 0 it is the recession
+        slope.
+
+        Parameters
+        ----------
+        norm : {"Linf", "L2", "L1"}
+        start : float64 array (N,)
+            The :math:`s_i`, the loss at each sample.
 
         Returns
         -------

@@ -119,7 +119,7 @@ DEGENERATE = {
 def test_degenerate_arrangements(W: list, b: list, box: tuple | None) -> None:
     net = nets.from_module(one_hidden(W, b, np.ones((2, len(b))).tolist()))
     listed = cells.enumerate(net, box)
-    assert masks(listed) == sampled(net, box or (-50, 50))
+    assert masks(listed) == sampled(net, box or (-8, 8))
     assert (net.dense.mask(listed.interior) == listed.masks).all()
 
 

@@ -22,7 +22,7 @@ export CHROMEDRIVER ?= $(shell command -v chromedriver)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments theory models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory recession benchmarks models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,12 @@ experiments: env  ## rerun the recorded experiments (2 minutes, and 5 more where
 
 theory: env  ## check the certificates on 300 random networks and record it (4 minutes)
 	$(BIN)/python workflow/theory.py
+
+recession: env  ## bound the slope l of every network at hand and record it (2 minutes, and 12 more where WDA_DATA is set)
+	$(BIN)/python workflow/recession.py
+
+benchmarks: env  ## time the package against yardsticks in the same run
+	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
 
 models: env  ## train the bundled models again (4 minutes) and compare their accuracies with their cards
 	$(BIN)/python workflow/train_models.py --check

@@ -32,8 +32,8 @@ ROUNDING = 1e-9
 Bounds = tuple[Tensor, Tensor]
 """Lower and upper bounds."""
 
-# how many numbers the widest value of a chunk of rows may hold: 128 MB
-_CHUNK = 2**24
+# how many numbers the widest value of a chunk of rows may hold: 4 MB, near the processor
+_CHUNK = 2**19
 
 
 def margins(net: Net, pairs: Sequence[tuple[int, int]]) -> Tensor:

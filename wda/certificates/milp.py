@@ -136,13 +136,17 @@ class Program:
         for row, columns in terms:
             cost[columns] -= row
         mixed = bool(self.integer.any()) and not relaxed
-        solved = milp(
-            cost,
-            integrality=self.integer.astype(int) if mixed else None,
-            bounds=Bounds(self.lower, self.upper),
-            constraints=self._constraints(),
-            options={"time_limit": seconds, "mip_rel_gap": 0.0},
-        )
+        deadline = time.monotonic() + seconds
+        for presolve in (True, False):  # in degenerate programs HiGHS may fail on what its presolve leaves
+            solved = milp(
+                cost,
+                integrality=self.integer.astype(int) if mixed else None,
+                bounds=Bounds(self.lower, self.upper),
+                constraints=self._constraints(),
+                options={"time_limit": seconds, "mip_rel_gap": 0.0, "presolve": presolve},
+            )
+            if solved.status != 4 or (seconds := deadline - time.monotonic()) <= 0:
+                break
         if solved.status == 2:
             return Optimum(-math.inf, None)
         bound = solved.mip_dual_bound if mixed else solved.fun if solved.status == 0 else None
@@ -377,13 +381,12 @@ def lipschitz(
     def examine(task: _Task, program: Program, point: Array) -> bool:
         mask = whole.mask(point)
         units = _conflict(here, mask)
-        if not units.any():
-            best.see(float(_sizes(here, norm, mask[None], task.pair)[0]), task.pair)
-            units = np.ones_like(mask)
+        if units.any():
+            for each in (program, task.program, whole.program):
+                whole.exclude(each, mask, units)
         else:
-            whole.exclude(task.program, mask, units)
-            whole.exclude(whole.program, mask, units)
-        whole.exclude(program, mask, units)
+            best.see(float(_sizes(here, norm, mask[None], task.pair)[0]), task.pair)
+            whole.exclude(program, mask, np.ones_like(mask))
         return True
 
     groups = []
@@ -447,7 +450,8 @@ def recession(dense: Dense, norm: str, pairs: Sequence[Pair], time_limit: float 
         label, rival = task.pair
         logits = here.logits(u[None])[0]
         best.see(float(logits[rival] - logits[label]), task.pair, u)
-        whole.exclude(program, mask, chosen)
+        if chosen.any():
+            whole.exclude(program, mask, chosen)
         return bool(chosen.any())
 
     upper = _Search(best, examine, deadline).run(_growth(whole, pair, deadline) for pair in pairs)

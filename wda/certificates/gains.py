@@ -128,7 +128,13 @@ def layer_norm(net: Net, i: int, norm_name: str) -> float:
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """The largest singular value of a matrix (..., m, n), the largest over all leading axes."""
+    """The largest singular value of a matrix (..., m, n), the largest over all leading axes.
+
+    Examples
+    --------
+    >>> spectral_norm(torch.tensor([[3.0, 4.0]]))
+    5.0
+    """
     wide = matrix.shape[-2] <= matrix.shape[-1]
     gram = matrix @ matrix.mH if wide else matrix.mH @ matrix
     return math.sqrt(max(float(torch.linalg.eigvalsh(gram).max()), 0.0))

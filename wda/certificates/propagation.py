@@ -60,20 +60,20 @@ def margins(net: Net, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def adjoint(net: Net, i: int, rows: Tensor, absolute: bool = False) -> tuple[Tensor, ...]:
-    """The transpose of an affine or sum node applied to rows on its output.
+    r"""The transpose of an affine or sum node applied to rows on its output.
 
     Parameters
     ----------
     net : Net
     i : int
         The node ``net.nodes[i - 1]``, whose output is value i.
-    rows : Tensor, shape (M, *node.shape)
+    rows : Tensor, shape (M, \*node.shape)
     absolute : bool
         With the absolute values of the weights.
 
     Returns
     -------
-    tuple of tensors (M, *shape of the input), one for each input of the node
+    tuple of tensors (M, \*shape of the input), one for each input of the node
 
     Examples
     --------
@@ -125,17 +125,17 @@ def windows(net: Net, i: int) -> tuple[Tensor, Tensor]:
 
 
 def interval(net: Net, low: Tensor, high: Tensor) -> list[Bounds]:
-    """Interval bounds of every value of a network.
+    r"""Interval bounds of every value of a network.
 
     Parameters
     ----------
     net : Net
-    low, high : Tensor, shape (N, *net.shape)
+    low, high : Tensor, shape (N, \*net.shape)
 
     Returns
     -------
     list of pairs of tensors
-        Of the input, and of the output of every node, (N, *shape) each.
+        Of the input, and of the output of every node, (N, \*shape) each.
 
     Raises
     ------
@@ -376,7 +376,7 @@ def linear(
     net : Net
     rows : Tensor, shape (R, K) or (N, R, K)
         Coefficients of the logits.
-    centre : Tensor, shape (N, *net.shape)
+    centre : Tensor, shape (N, \*net.shape)
         Within the box.
     radius : float or Tensor, shape (N,)
         At least 0.

@@ -196,7 +196,7 @@ def worst_case_distribution(
     net, x, y, threat, loss
         As for `worst_case_risk`. The budget is spent up to the share :math:`1-2^{-40}`, which lets the audit pass.
     slack : float
-        From 1e-7 to 1; relative to max(1, |V|).
+        From 1e-7 to 1; relative to :math:`\max(1,|V|)`.
 
     Returns
     -------

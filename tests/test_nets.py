@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from networks import random_net
@@ -88,6 +90,28 @@ def test_max_pooling_and_residual_blocks() -> None:
     torch.testing.assert_close(net(x), model.double()(x.double()))
     with pytest.raises(NotPiecewiseAffine, match="MaxPool2d"):
         _ = net.dense
+
+
+class InPlace(nn.Module):
+    """A block that overwrites its input, so that the shortcut carries the activation."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.activation = nn.Linear(3, 4), nn.Linear(4, 4), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(self.activation(x)) + x
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.SiLU(inplace=True), functional.relu_, torch.relu_])
+def test_activations_in_place(activation: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    module = InPlace(activation).double()
+    net, x = nets.from_module(module), torch.randn(20, 3, dtype=torch.float64)
+    before = module.first(x)
+    torch.testing.assert_close(net(x), module(x))
+    torch.testing.assert_close(net.preactivations(x)[0], before)
 
 
 def test_the_model_stays_as_it_is() -> None:

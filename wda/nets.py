@@ -542,6 +542,8 @@ class _Reader:
 
         node = _READ[kind](kind, module, call, value)
         self._append(step, replace(node, name=name, inputs=(self.number[sources[0]],)))
+        if _in_place(step, module):  # what reads the source from here on finds the result in it
+            self.number[sources[0]] = self.number[step]
 
     def _what(self, step: fx.Node) -> tuple[Any, str, Map, nn.Module | None]:
         """What a step applies: its kind as in `_READ`, its name, the function, and the layer if it is one."""
@@ -584,7 +586,15 @@ def _same(v: Tensor) -> Tensor:
 
 
 def _activation(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
-    return Node("activation", "", (), tuple(value.shape[1:]), call, activation=_ACTIVATIONS[kind])
+    # an activation in place would change what it is applied to
+    return Node("activation", "", (), tuple(value.shape[1:]), lambda v: call(v.clone()), activation=_ACTIVATIONS[kind])
+
+
+def _in_place(step: fx.Node, module: nn.Module | None) -> bool:
+    name = getattr(step.target, "__name__", str(step.target)) if module is None else ""
+    return bool(
+        getattr(module, "inplace", False) or step.kwargs.get("inplace") or True in step.args[1:] or name[-1:] == "_"
+    )
 
 
 def _reshape(kind: Any, module: Any, call: Map, value: Tensor) -> Node:

@@ -30,6 +30,8 @@ __all__ = ["Cell", "Cells", "TooManyCells", "at", "enumerate", "few"]
 
 # rows of a unit normal: relative size below which a number is rounding
 _ROUNDING = 1e-10
+# relative error of a solution of linear equations, per unit of their condition
+_EXACT = 1e-13
 # how many vertices are solved for at once
 _CHUNK = 1 << 16
 
@@ -326,31 +328,34 @@ def _by_vertices(planes: Array, required: NDArray[np.int_], limit: int) -> Mask 
     found = np.empty((0, len(wanted)), np.uint64)
     while chunk := list(itertools.islice(combinations, _CHUNK)):
         through = np.array(chunk, dtype=np.intp).reshape(len(chunk), d - central)
-        through, value, size = (_rays if central else _vertices)(planes, through)
-        tolerance = 1e3 * _ROUNDING * size[:, None]
+        through, value, tolerance = (_rays if central else _vertices)(planes, through)
         inside = ~(value * required < -tolerance).any(1)
         np.put_along_axis(value, through, np.inf, axis=1)
         if (np.abs(value[inside]) <= tolerance[inside]).any():
             return None
         words = _pack(value > 0)
         words, through = words[inside], through[inside]
+        around = []
         for sides in itertools.product((False, True), repeat=d - central):
             # the hyperplanes through the vertex are on in `words`: turn off those on whose other side we are
             turned = words.copy()
             for side, plane in zip(sides, through.T, strict=True):
                 if not side:
                     turned &= ~single[plane]
-            found = _unique(found, turned[~((turned ^ wanted) & asked).any(1)])
+            around.append(turned[~((turned ^ wanted) & asked).any(1)])
+        found = _unique(found, *around)
         if len(found) > limit:
             raise TooManyCells(_too_many(limit))
     return np.unpackbits(found.view(np.uint8), axis=1, count=q, bitorder="little").astype(bool)
 
 
 def _vertices(planes: Array, through: NDArray[np.intp]) -> tuple[NDArray[np.intp], Array, Array]:
-    """Where d hyperplanes meet: which they are, every hyperplane's value there, and the size of the point."""
+    """Where d hyperplanes meet: which they are, every hyperplane's value there, and how exact these are (., 1)."""
     through = through[np.abs(np.linalg.det(planes[through, :-1])) > _ROUNDING]
-    vertex = np.linalg.solve(planes[through, :-1], -planes[through, -1:])[:, :, 0]
-    return through, vertex @ planes[:, :-1].T + planes[:, -1], 1 + np.abs(vertex).max(1)
+    inverse = np.linalg.inv(planes[through, :-1])
+    vertex = -(inverse @ planes[through, -1:])[:, :, 0]
+    error = _EXACT * np.abs(inverse).sum((1, 2)) * (1 + np.abs(vertex).max(1))
+    return through, vertex @ planes[:, :-1].T + planes[:, -1], error[:, None]
 
 
 def _rays(planes: Array, through: NDArray[np.intp]) -> tuple[NDArray[np.intp], Array, Array]:
@@ -358,7 +363,8 @@ def _rays(planes: Array, through: NDArray[np.intp]) -> tuple[NDArray[np.intp], A
     _, size, directions = np.linalg.svd(planes[through, :-1])
     independent = (size > _ROUNDING).all(1)
     value = directions[independent, -1] @ planes[:, :-1].T
-    return np.tile(through[independent], (2, 1)), np.concatenate([value, -value]), np.ones(2 * independent.sum())
+    error = np.tile(_EXACT / size[independent].min(1, initial=1.0), 2)
+    return np.tile(through[independent], (2, 1)), np.concatenate([value, -value]), error[:, None]
 
 
 def _pack(bits: Mask) -> NDArray[np.uint64]:

@@ -252,15 +252,17 @@ def _walk(dense: Dense, G: Array, g: Array, limit: int, near: tuple[Array, float
         A, b = dense.layer(h, dense.split(masks)[:h])
         if near is not None:
             A, b = _around(A, b, *near)
-        found, regions = [], []
+        last = h + 1 == len(dense.units)
+        found, regions, count = [], [], 0
         for mask, (G, g), normals, offsets in zip(masks, inside, A, b, strict=True):
             signs = _signs(G, g, normals, offsets, limit)
             found.append(np.concatenate([np.repeat(mask[None], len(signs), 0), signs], axis=1))
             depends = normals.any(1)
-            for side in np.where(signs[:, depends], -1.0, 1.0):
+            for side in () if last else np.where(signs[:, depends], -1.0, 1.0):
                 rows = np.concatenate([G, side[:, None] * normals[depends]])
                 regions.append((rows, np.concatenate([g, -side * offsets[depends]])))
-            if len(regions) > limit:
+            count += len(signs)
+            if count > limit:
                 raise TooManyCells(_too_many(limit))
         masks, inside = np.concatenate(found), regions
     return masks

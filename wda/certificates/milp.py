@@ -1,13 +1,11 @@
 r"""Exact slopes of ReLU networks too large to enumerate, by mixed-integer linear programs (HiGHS).
 
-A unit :math:`a = [z]_+` with :math:`l \le z \le u` becomes a binary d, which says whether it is on, and
+The gradient of a logit runs backwards through the binaries of the network's graph (`wda.certificates.program`): behind
+a unit it is :math:`q = d y`, the product of a binary and of :math:`y \in [l, u]`, which is
 
-.. math:: a \ge 0, \qquad a \ge z, \qquad a \le u d, \qquad a \le z - l (1 - d)
+.. math:: l d \le q \le u d, \qquad y - u (1 - d) \le q \le y - l (1 - d)
 
-(Tjeng, Xiao & Tedrake 2019, eq. 4). The gradient of a logit runs backwards through the same binaries: behind a unit it
-is :math:`q = d y`, the product of a binary and a bounded variable, which four inequalities of the same kind describe
-(Jordan & Dimakis 2020, LipMIP). Inputs and hidden units are first scaled to [-1, 1], so that the solver's absolute
-tolerances, about 1e-6, mean the same in every network.
+(Jordan & Dimakis 2020, "Exactly computing the local Lipschitz constant of ReLU networks").
 """
 
 from __future__ import annotations
@@ -16,276 +14,29 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import coo_array
+from scipy.optimize import linprog
 
+from wda.certificates.program import ACCURACY, Columns, Graph, Program, Terms, graph, negative, scaled, signs, unit_ball
 from wda.certificates.slope import Slope
 from wda.checks import choice, number
 from wda.errors import NotPiecewiseAffine
 from wda.nets import Array, Dense, Mask
 
-__all__ = ["Graph", "Optimum", "Program", "graph", "lipschitz", "recession", "scaled", "unit_ball"]
+__all__ = ["lipschitz", "recession"]
 
-Columns = NDArray[np.intp]
-Terms = Sequence[tuple[Array, Columns]]
 Pair = tuple[int, int]
 
-# the solver's relative accuracy: bounds this close count as equal, and a bound that stays open is widened by it
-_ACCURACY = 1e-6
 # a unit that is on or off by less than this, in scaled units, may be so by rounding
 _ROUNDING = 1e-11
 # how many points are tried before the first program
 _SAMPLES = 512
 # the first try of a program may use up this part of the time left
 _SHARES = 16
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """What the solver found: an upper bound of the maximum, -inf if no point is feasible, and the best point if any."""
-
-    bound: float
-    point: Array | None
-
-
-@dataclass
-class Program:
-    r"""A mixed-integer linear program that grows by blocks of variables and of rows.
-
-    A sum of terms ``[(matrix, columns), ...]`` stands for :math:`\sum_t M_t v_{C_t}`, with v the variables.
-
-    Examples
-    --------
-    >>> program = Program()
-    >>> v = program.variables(np.zeros(2), np.ones(2), integer=True)
-    >>> program.rows([(np.array([[2.0, 2.0]]), v)], most=3.0)
-    >>> program.maximise([(np.ones(2), v)], seconds=10).bound
-    1.0
-    """
-
-    lower: Array = field(default_factory=lambda: np.empty(0))
-    upper: Array = field(default_factory=lambda: np.empty(0))
-    integer: Mask = field(default_factory=lambda: np.empty(0, bool))
-    blocks: tuple[tuple[Terms, Array, Array], ...] = ()
-
-    def copy(self) -> Program:
-        """A program that grows on its own from here."""
-        return replace(self, integer=self.integer.copy())
-
-    def fixed(self, columns: Columns, values: Array | Mask) -> Program:
-        """A copy in which some variables have given values."""
-        other = self.copy()
-        other.lower, other.upper = self.lower.copy(), self.upper.copy()
-        other.lower[columns] = other.upper[columns] = values
-        return other
-
-    def variables(self, lower: Array, upper: Array, integer: bool = False) -> Columns:
-        """Add variables between `lower` and `upper` (m,); returns their columns."""
-        first = len(self.lower)
-        self.lower = np.append(self.lower, lower)
-        self.upper = np.append(self.upper, upper)
-        self.integer = np.append(self.integer, np.full(len(lower), integer))
-        return np.arange(first, len(self.lower))
-
-    def rows(self, terms: Terms, least: Array | float = -math.inf, most: Array | float = math.inf) -> None:
-        """Require ``least <= sum of the terms <= most``, for m rows at once."""
-        m = len(terms[0][0])
-        self.blocks += ((terms, np.broadcast_to(least, m), np.broadcast_to(most, m)),)
-
-    def range(self, terms: Terms, constant: Array) -> tuple[Array, Array]:
-        """What `constant` (m,) plus the terms lies between, from the bounds of the variables alone."""
-        low, high = constant.copy(), constant.copy()
-        for matrix, columns in terms:
-            positive, negative = np.maximum(matrix, 0), np.minimum(matrix, 0)
-            low += positive @ self.lower[columns] + negative @ self.upper[columns]
-            high += positive @ self.upper[columns] + negative @ self.lower[columns]
-        return low, high
-
-    def tightened(self, terms: Terms, constant: Array, deadline: float) -> tuple[Array, Array]:
-        """As `range`, tightened where the sign is open by the linear program without integrality."""
-        low, high = self.range(terms, constant)
-        for i in np.flatnonzero((low < 0) & (high > 0)) if self.blocks else ():
-            row = [(matrix[i], columns) for matrix, columns in terms]
-            turned = [(-matrix[i], columns) for matrix, columns in terms]
-            slack = _ACCURACY * (high[i] - low[i])
-            top = self.maximise(row, deadline - time.monotonic(), relaxed=True).bound
-            bottom = -self.maximise(turned, deadline - time.monotonic(), relaxed=True).bound
-            low[i], high[i] = max(low[i], constant[i] + bottom - slack), min(high[i], constant[i] + top + slack)
-        return low, high
-
-    def maximise(self, terms: Terms, seconds: float, relaxed: bool = False) -> Optimum:
-        """Maximise a sum of terms with one row each (vectors), within some seconds.
-
-        Parameters
-        ----------
-        terms : sequence of (array (c,), columns (c,))
-        seconds : float
-            Where time runs out the bound is the solver's dual bound.
-        relaxed : bool
-            Let integer variables take every value between their bounds.
-        """
-        if seconds <= 0:
-            return Optimum(math.inf, None)
-        cost = np.zeros(len(self.lower))
-        for row, columns in terms:
-            cost[columns] -= row
-        mixed = bool(self.integer.any()) and not relaxed
-        deadline = time.monotonic() + seconds
-        for presolve in (True, False):  # in degenerate programs HiGHS may fail on what its presolve leaves
-            solved = milp(
-                cost,
-                integrality=self.integer.astype(int) if mixed else None,
-                bounds=Bounds(self.lower, self.upper),
-                constraints=self._constraints(),
-                options={"time_limit": seconds, "mip_rel_gap": 0.0, "presolve": presolve},
-            )
-            if solved.status != 4 or (seconds := deadline - time.monotonic()) <= 0:
-                break
-        if solved.status == 2:
-            return Optimum(-math.inf, None)
-        bound = solved.mip_dual_bound if mixed else solved.fun if solved.status == 0 else None
-        return Optimum(math.inf if bound is None else -bound, solved.x)
-
-    def _constraints(self) -> list[LinearConstraint]:
-        if not self.blocks:
-            return []
-        data, at, of, first = [], [], [], 0
-        for terms, least, _ in self.blocks:
-            for matrix, columns in terms:
-                row, column = np.nonzero(matrix)
-                data.append(matrix[row, column])
-                at.append(row + first)
-                of.append(columns[column])
-            first += len(least)
-        entries = np.concatenate(data), (np.concatenate(at), np.concatenate(of))
-        matrix = coo_array(entries, shape=(first, len(self.lower))).tocsr()
-        least, most = (np.concatenate([block[side] for block in self.blocks]) for side in (1, 2))
-        return [LinearConstraint(matrix, least, most)]
-
-
-@dataclass(frozen=True)
-class Graph:
-    """The graph of a network over a set of inputs, inside a program.
-
-    Attributes
-    ----------
-    program : Program
-    dense : Dense
-        The network.
-    values : list of columns
-        The input, then the units of each hidden layer.
-    masks : list of columns
-        The binaries of each hidden layer; those of units of known sign are fixed.
-    """
-
-    program: Program
-    dense: Dense
-    values: list[Columns]
-    masks: list[Columns]
-
-    @property
-    def binaries(self) -> Columns:
-        """The columns of all binaries, (units in all,)."""
-        return np.concatenate([np.empty(0, np.intp), *self.masks])
-
-    def mask(self, point: Array) -> Mask:
-        """The mask (units in all,) that a point of the program has chosen."""
-        return np.asarray(point[self.binaries] > 0.5)
-
-    def exclude(self, program: Program, mask: Mask, units: Mask) -> None:
-        """Forbid that these `units` be as they are in `mask`."""
-        sign = np.where(mask, -1.0, 1.0)[units]
-        program.rows([(sign[None], self.binaries[units])], least=1.0 - mask[units].sum())
-
-
-def unit_ball(program: Program, n: int, norm: str) -> Columns:
-    r"""Add variables u in :math:`\mathbb R^n` with :math:`\|u\|_r \le 1`, for the norms "Linf" and "L1".
-
-    Examples
-    --------
-    >>> program = Program()
-    >>> u = unit_ball(program, 3, "L1")
-    >>> round(program.maximise([(np.array([1.0, -2.0, 1.0]), u)], seconds=10).bound, 9)
-    2.0
-    """
-    u = program.variables(-np.ones(n), np.ones(n))
-    if norm == "L1":
-        up, down = (program.variables(np.zeros(n), np.ones(n)) for _ in range(2))
-        program.rows([(np.eye(n), u), (-np.eye(n), up), (np.eye(n), down)], least=0.0, most=0.0)
-        program.rows([(np.ones((1, n)), up), (np.ones((1, n)), down)], most=1.0)
-    return u
-
-
-def scaled(dense: Dense, centre: Array, radius: float) -> Dense:
-    r"""The network as a function of t, with :math:`x = c + \rho t`, and each hidden unit divided by its largest size.
-
-    The masks at t are those at x, and so are the logits; for :math:`t \in [-1, 1]^n` every pre-activation lies in
-    [-1, 1], by interval arithmetic.
-
-    Examples
-    --------
-    >>> one = np.ones((1, 1))
-    >>> net = scaled(Dense(((one,), (0 * one, one)), (np.zeros(1), np.zeros(1)), ("relu",)), np.zeros(1), 5.0)
-    >>> net.weights[0][0], net.logits(np.ones((1, 1)))
-    (array([[1.]]), array([[5.]]))
-    """
-    weights = [[row[0] * radius, *row[1:]] for row in dense.weights]
-    bias = [b + row[0] @ centre for b, row in zip(dense.bias, dense.weights, strict=True)]
-    program = Program()
-    values = [program.variables(-np.ones(dense.n), np.ones(dense.n))]
-    for h in range(len(dense.units)):
-        low, high = program.range(list(zip(weights[h], values, strict=True)), bias[h])
-        size = np.maximum(-low, high)
-        size[size <= 0] = 1.0
-        weights[h] = [W / size[:, None] for W in weights[h]]
-        bias[h] = bias[h] / size
-        for later in weights[h + 1 :]:
-            later[h + 1] = later[h + 1] * size
-        values.append(program.variables(np.maximum(low / size, 0), np.maximum(high / size, 0)))
-    return Dense(tuple(tuple(row) for row in weights), tuple(bias), dense.activations)
-
-
-def graph(program: Program, dense: Dense, x: Columns, deadline: float = math.inf) -> Graph:
-    """Add the hidden units of a ReLU network at the input `x`, layer by layer.
-
-    Pre-activations are bounded by interval arithmetic and, where the program so far has rows, by its linear
-    relaxation; after the `deadline` (of `time.monotonic`) by interval arithmetic alone.
-
-    Examples
-    --------
-    >>> one, program = np.ones((1, 1)), Program()
-    >>> net = Dense(((one,), (0 * one, one)), (np.zeros(1), np.zeros(1)), ("relu",))
-    >>> g = graph(program, net, unit_ball(program, 1, "Linf"))
-    >>> program.maximise([(np.ones(1), g.values[1])], seconds=10).bound
-    1.0
-    """
-    result = Graph(program, dense, [x], [])
-    for weights, bias in zip(dense.weights[:-1], dense.bias[:-1], strict=True):
-        before = list(zip(weights, result.values, strict=True))
-        low, high = program.tightened(before, bias, deadline)
-        d = program.variables(*_open(low, high), integer=True)
-        a = program.variables(np.maximum(low, 0), np.maximum(high, 0))
-        program.rows(above := [(np.eye(len(bias)), a), *_negative(before)], least=bias)
-        program.rows([*above, (-np.diag(low), d)], most=bias - low)
-        program.rows([(np.eye(len(bias)), a), (-np.diag(high), d)], most=0.0)
-        result.values.append(a)
-        result.masks.append(d)
-    return result
-
-
-def _open(low: Array, high: Array) -> tuple[Array, Array]:
-    """The bounds of the binaries "is positive" of quantities between `low` and `high`."""
-    return ((low >= 0) & (high > 0)).astype(float), (high > 0).astype(float)
-
-
-def _negative(terms: Terms) -> Terms:
-    return [(-matrix, columns) for matrix, columns in terms]
 
 
 @dataclass(frozen=True)
@@ -505,13 +256,13 @@ def _gradients(whole: Graph, norm: str, pair: Pair, deadline: float) -> Iterator
         for i in range(n):
             row = [(matrix[i], columns) for matrix, columns in terms]
             yield _Task(float(high[i]), pair, program, row, float(constant[i]))
-            yield _Task(float(-low[i]), pair, program, _negative(row), float(-constant[i]))
+            yield _Task(float(-low[i]), pair, program, negative(row), float(-constant[i]))
         return
     # each coordinate is up - down, of which its sign lets one be positive
     rise, fall = np.maximum(high, 0), np.maximum(-low, 0)
     up, down = program.variables(np.zeros(n), rise), program.variables(np.zeros(n), fall)
-    sign = program.variables(*_open(low, high), integer=True)
-    program.rows([(np.eye(n), up), (-np.eye(n), down), *_negative(terms)], least=constant, most=constant)
+    sign = program.variables(*signs(low, high), integer=True)
+    program.rows([(np.eye(n), up), (-np.eye(n), down), *negative(terms)], least=constant, most=constant)
     program.rows([(np.eye(n), up), (-np.diag(rise), sign)], most=0.0)
     program.rows([(np.eye(n), down), (np.diag(fall), sign)], most=fall)
     yield _Task(float(np.maximum(rise, fall).sum()), pair, program, [(np.ones(n), up), (np.ones(n), down)])
@@ -532,8 +283,8 @@ def _backward(whole: Graph, program: Program, pair: Pair, deadline: float) -> tu
         d, one = whole.masks[h - 1], np.eye(len(q))
         program.rows([(one, q), (-np.diag(low), d)], least=0.0)
         program.rows([(one, q), (-np.diag(high), d)], most=0.0)
-        program.rows([(one, q), *_negative(terms), (-np.diag(low), d)], most=constant - low)
-        program.rows([(one, q), *_negative(terms), (-np.diag(high), d)], least=constant - high)
+        program.rows([(one, q), *negative(terms), (-np.diag(low), d)], most=constant - low)
+        program.rows([(one, q), *negative(terms), (-np.diag(high), d)], least=constant - high)
         behind.append((h - 1, q))
     return terms, constant
 
@@ -605,7 +356,7 @@ class _Search:
         order = count()
         waiting = [(-task.bound, next(order), 0, task) for task in tasks]
         heapq.heapify(waiting)
-        self.rounding = -0.1 * _ACCURACY * waiting[0][0]
+        self.rounding = -0.1 * ACCURACY * waiting[0][0]
         failed = self.best.value
         while waiting and -waiting[0][0] > self.close and time.monotonic() < self.deadline:
             bound, _, tries, task = heapq.heappop(waiting)
@@ -621,7 +372,7 @@ class _Search:
             else:  # solved, or given up by the solver
                 failed = max(failed, -bound)
         upper = max(failed, *(-bound for bound, *_ in waiting), self.best.value)
-        return self.best.value if upper <= self.close else upper * (1 + _ACCURACY)
+        return self.best.value if upper <= self.close else upper * (1 + ACCURACY)
 
     def solve(self, task: _Task, deadline: float) -> float:
         """An upper bound of one program's optimum, no better than needed."""
@@ -639,4 +390,4 @@ class _Search:
     @property
     def close(self) -> float:
         """The largest bound that is as good as the best value."""
-        return self.best.value * (1 + _ACCURACY) + self.rounding
+        return self.best.value * (1 + ACCURACY) + self.rounding

@@ -169,7 +169,11 @@ def _image(node: Node, inputs: list[Bounds]) -> Bounds:
         return node.call(*(low for low, _ in inputs)), node.call(*(high for _, high in inputs))
     _refuse(node)
     low, high = inputs[0]
-    ends = [low, high, *(t.clamp(low, high) for t in _turning_points(node.call)[0])] if _bends(node) else [low, high]
+    ends = (
+        [low, high, *(t.clamp(low, high) for t in _turning_points(node.call)[0].to(low))]
+        if _bends(node)
+        else [low, high]
+    )
     images = torch.stack([_apply(node, end) for end in ends])
     return images.amin(0), images.amax(0)
 
@@ -485,7 +489,7 @@ def _refine(net: Net, value: int, known: Bounds, lines: dict[int, _Lines], regio
     of, unit = (low < high if everywhere else (low < 0) & (high > 0)).nonzero().T
     for sample, at in zip(of.split(_rows(net)), unit.split(_rows(net)), strict=True):
         rows = low.new_zeros(len(at), low.shape[1])
-        rows[torch.arange(len(at)), at] = 1
+        rows[torch.arange(len(at), device=at.device), at] = 1
         least, largest = _extremes(net, value, rows.view(len(at), *known[0].shape[1:]), sample, lines, region)
         low[sample, at] = low[sample, at].maximum(least)
         high[sample, at] = high[sample, at].minimum(largest)

@@ -50,7 +50,7 @@ experiments: env  ## rerun the recorded experiments (2 minutes, and 5 more where
 theory: env  ## check the certificates on 300 random networks and record it (4 minutes)
 	$(BIN)/python workflow/theory.py
 
-recession: env  ## bound the slope l of every network at hand and record it (2 minutes, and 12 more where WDA_DATA is set)
+recession: env  ## bound the slope l of every network at hand and record it (3 minutes, and 12 more where WDA_DATA is set)
 	$(BIN)/python workflow/recession.py
 
 benchmarks: env  ## time the package against yardsticks in the same run

@@ -94,6 +94,10 @@ class Cells(Sequence[Cell]):
     >>> cells = enumerate(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
     >>> len(cells) == 1 + 3 + 3, cells.masks.shape
     (True, (7, 3))
+    >>> J, c = cells.affine()
+    >>> A, b = cells.oriented()
+    >>> J.shape, A.shape, np.array_equal(A[0], cells.constraints(0)[0])
+    ((7, 2, 2), (7, 3, 2), True)
     """
 
     dense: Dense

@@ -56,6 +56,12 @@ class Node:
         "relu", "gelu", "silu", "softplus" or "sigmoid" for an activation.
     layer : nn.Module or None
         The Linear or Conv2d layer that an affine node was read from.
+
+    Examples
+    --------
+    >>> net = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    >>> [(node.kind, node.inputs) for node in net.nodes]
+    [('affine', (0,)), ('activation', (1,))]
     """
 
     kind: str
@@ -87,6 +93,8 @@ class Net:
     >>> net = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
     >>> net.n, net.classes, net.units
     (2, 2, (3,))
+    >>> len(net.values(torch.zeros(1, 2))) == 1 + len(net.nodes)
+    True
     """
 
     nodes: tuple[Node, ...]
@@ -294,6 +302,11 @@ class Dense:
     >>> dense = from_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))).dense
     >>> dense.weights[1][0].any(), dense.weights[1][1].shape
     (np.False_, (2, 3))
+    >>> [z.shape for z in dense.preactivations(np.zeros((5, 2)))]
+    [(5, 3), (5, 2)]
+    >>> masks = dense.split(np.ones((4, 3), bool))
+    >>> [A.shape for A, b in dense.forms(masks)]
+    [(4, 3, 2), (4, 2, 2)]
     """
 
     weights: tuple[tuple[Array, ...], ...]

@@ -239,7 +239,7 @@ def test_the_steepest_cell_in_rational_arithmetic(seed: int) -> None:
         assert steepest <= TIGHT * found.upper
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_cells_around_a_point_on_many_hyperplanes(seed: int) -> None:
     """Small integers put points on borders exactly; the cells are those whose closure holds the point."""
     torch.manual_seed(seed)

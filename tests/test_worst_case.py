@@ -384,6 +384,45 @@ def test_the_cone_program_lies_inside_the_polygon_bracket(
     assert shrink * curve.initial - 1e-7 <= slope <= curve.initial + 1e-7
 
 
+@pytest.mark.parametrize("box", [None, BOX])
+@pytest.mark.parametrize(("seed", "n", "widths", "classes"), [(0, 2, (8,), 2), (1, 2, (4, 3), 3)])
+def test_the_cone_program_knows_no_units(
+    seed: int, n: int, widths: tuple[int, ...], classes: int, box: tuple[float, float] | None
+) -> None:
+    """Inputs and eps times s, W_1 divided by s, the last layer times c: V times c, and its slope times c / s."""
+    net, (x, y) = random_net(seed, n, widths, classes), random_sample(seed, n, classes)
+    value = worst_case_risk(net, x, y, Threat("L2", 0.5, box=box))
+    steep = initial_slope(net, x, y, "L2", box=box).value
+    for s, c in [(8192, 1), (2.0**20, 1), (2.0**-20, 1), (1e-9, 1e6), (1, 1e-6), (1, 1e10)]:
+        other, sides = random_net(seed, n, widths, classes), None if box is None else (s * box[0], s * box[1])
+        other[0].weight /= s
+        other[-1].weight *= c
+        other[-1].bias *= c
+        threat = Threat("L2", 0.5 * s, box=sides)
+        assert worst_case_risk(other, s * x, y, threat) == pytest.approx(c * value, rel=1e-8, abs=1e-8 * c)
+        assert initial_slope(other, s * x, y, "L2", box=sides).value == pytest.approx(c / s * steep, rel=1e-8)
+        bracket = worst_case_bracket(other, s * x, y, threat, "margin")
+        assert bracket == pytest.approx((c * value, c * value), rel=1e-8, abs=1e-8 * c)
+
+
+@pytest.mark.parametrize("eps", [1e10, 1e300])
+def test_the_cone_program_with_a_budget_beyond_the_sample(eps: float) -> None:
+    """V / eps tends to the recession slope; in a box V is the mean of the largest losses in it."""
+    net, (x, y) = random_net(0, 2, (8,), 2), random_sample(0, 2, 2)
+    slope = recession_slope(net, "L2", y.tolist(), method="cones").value
+    assert worst_case_risk(net, x, y, Threat("L2", eps, box=None)) == pytest.approx(slope * eps, rel=1e-8)
+    largest = worst_case_risk(net, x, y, Threat("L2", 6.0, box=BOX))
+    assert worst_case_risk(net, x, y, Threat("L2", eps, box=BOX)) == pytest.approx(largest, rel=1e-8)
+
+
+def test_a_cone_program_that_is_not_solved_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cvxpy = pytest.importorskip("cvxpy")
+    net, (x, y) = random_net(0, 2, (4,), 2), random_sample(0, 2, 2)
+    monkeypatch.setattr(cvxpy.Problem, "status", "optimal_inaccurate")
+    with pytest.raises(RuntimeError, match="optimal_inaccurate"):
+        worst_case_risk(net, x, y, Threat("L2", 0.1, box=None))
+
+
 def test_the_polygon_is_a_norm_below_the_euclidean_one() -> None:
     v = np.random.default_rng(0).normal(size=(1000, 2))
     for half in (2, 3, 16):

@@ -134,7 +134,7 @@ class Program:
         Returns
         -------
         float
-            V, to the solver's accuracy: about 1e-9 for "L2", rounding for the others.
+            V. The solver's error is about 1e-9 of the larger of V(eps) - V(0) and the unit of the loss (see `units`).
         float64 array (N, C, n)
             Where each block with mass has it; the sample for the other blocks.
 
@@ -142,6 +142,8 @@ class Program:
         ------
         ModuleNotFoundError
             "L2" needs cvxpy.
+        RuntimeError
+            The solver does not vouch for its solution.
 
         Examples
         --------
@@ -153,11 +155,43 @@ class Program:
         >>> abs(value) < 1e-9
         True
         """
-        count = len(self.x)
-        # in units of 1/N, so that every sample has mass 1
-        value, v, w = self._solve(norm, self.level, count * eps, mass=True)
+        count, start, (length, steep) = len(self.x), self._start(), self.units(eps)
+        # masses in units of 1/N, so that every sample has mass 1
+        budget = count * (eps / length)
+        value, v, w = self._solve(norm, self.level - start[:, None, None], budget, length, steep, mass=True)
         carries = (w > _ESCAPES)[:, :, None]
-        return value / count, self.x[:, None] + np.where(carries, v, 0) / np.where(carries, w[:, :, None], 1)
+        away = length * (np.where(carries, v, 0) / np.where(carries, w[:, :, None], 1))
+        return float(start.mean() + value / count * steep * length), self.x[:, None] + away
+
+    def units(self, eps: float = 0.0) -> tuple[float, float]:
+        """The units in which the program is solved, as its solvers have absolute tolerances.
+
+        Returns
+        -------
+        float
+            Of lengths: about N times the budget `eps` or, if that is larger, half of the samples' distances to the
+            hyperplanes are below it. A power of two, so that no rounding comes with it.
+        float
+            Of slopes: about the largest gradient. The loss is in units of the product.
+
+        Examples
+        --------
+        >>> from wda import cells
+        >>> from wda.nets import Dense
+        >>> linear = cells.Cells(Dense(((np.array([[0.0], [3.0]]),),), (np.zeros(2),), ()), np.zeros((1, 0), bool))
+        >>> program(linear, np.zeros((1, 1)), [margin_pieces(0, 2)]).units(eps=0.25)
+        (0.25, 2.0)
+        """
+        distance = np.abs(self.b - self.x @ self.A.T)
+        usual = float(np.median(distance[distance > 0])) if distance.any() else 0.0
+        return _power(max(usual, len(self.x) * eps)), _power(float(np.abs(self.gradient).max(initial=0)))
+
+    def _start(self) -> Array:
+        """The loss at each sample, (N,): on the cell that it is in, or nearest to the inside of."""
+        inside = np.full(self.level.shape[::2], np.inf)
+        np.minimum.at(inside.T, self.cell, (self.b - self.x @ self.A.T).T)
+        start: Array = self.level[np.arange(len(self.x)), :, inside.argmax(1)].max(1)
+        return start
 
     def slope(self, norm: str, start: Array) -> tuple[float, Array, int]:
         r"""The steepest way up from a sample: the largest :math:`(g\cdot x+c-s_i)/\|x-x_i\|_r`, at least 0.
@@ -193,7 +227,10 @@ class Program:
         (2.0, [1.0])
         """
         level = self.level - start[:, None, None]
-        _, v, w = self._solve(norm, level, 1.0, mass=False)
+        # the budget is one unit of length, whichever it is
+        unit, steep = self.units()
+        _, v, w = self._solve(norm, level, 1.0, unit, steep, mass=False)
+        v *= unit
         length = np.linalg.norm(v, exponent(norm), axis=2)
         gain = (self._blocks(self.gradient) * v).sum(2) + self._blocks(level) * w
         # an optimal program may split its budget over blocks of the same ratio; a tiny block is the solver's rounding
@@ -207,8 +244,10 @@ class Program:
         """Pieces and cells as one axis: (N, P, M, ...) as (N, P M, ...)."""
         return values.reshape(len(self.x), -1, *values.shape[3:])
 
-    def _solve(self, norm: str, level: Array, budget: float, mass: bool) -> tuple[float, Array, Array]:
-        """Maximise; the value, v (N, P M, n) and w (N, P M)."""
+    def _solve(
+        self, norm: str, level: Array, budget: float, length: float, steep: float, mass: bool
+    ) -> tuple[float, Array, Array]:
+        """Maximise; the value, v (N, P M, n) and w (N, P M), in units of `length` and `steep`, as the budget is."""
         r, count, blocks, n = exponent(norm), len(self.x), level.size, self.x.shape[1]
         copies = blocks // level.shape[2]
         rows = np.arange(len(self.A))
@@ -217,12 +256,13 @@ class Program:
             shape=(len(rows), level.shape[2] * n),
         )
         of_v = sparse.kron(sparse.eye_array(copies), once, format="csr")
-        slack = np.repeat(self.b - self.x @ self.A.T, copies // count, axis=0)  # (copies, R)
+        slack = np.repeat((self.b - self.x @ self.A.T) / length, copies // count, axis=0)  # (copies, R)
         column = np.arange(copies)[:, None] * level.shape[2] + self.cell
         of_w = sparse.csr_array((slack.ravel(), (np.arange(slack.size), column.ravel())), shape=(slack.size, blocks))
         total = sparse.kron(sparse.eye_array(count), np.ones((1, blocks // count)), format="csr") if mass else None
         solve = _cone_program if r == 2 else _linear_program
-        value, v, w = solve(self.gradient.reshape(blocks, n), level.ravel(), of_v, of_w, total, budget, r)
+        gradient, height = (self.gradient / steep).reshape(blocks, n), (level / steep / length).ravel()
+        value, v, w = solve(gradient, height, of_v, of_w, total, budget, r)
         return value, v.reshape(count, -1, n), w.reshape(count, -1)
 
 
@@ -257,6 +297,11 @@ def program(cells: Cells, x: Array, pieces: Sequence[Pieces]) -> Program:
     return Program(x, gradient, level, A / length[:, None], b / length, cell)
 
 
+def _power(size: float) -> float:
+    """The power of two next below a size; 1 for 0."""
+    return math.ldexp(0.5, math.frexp(size)[1]) if size > 0 else 1.0
+
+
 _Solved = tuple[float, Array, Array]
 
 
@@ -289,7 +334,7 @@ def _linear_program(
         bounds=[*[(None, None)] * v, *[(0, None)] * (w + t)],
         method="highs",
     )  # fmt: skip
-    if solved.x is None:
+    if solved.status != 0:
         raise RuntimeError(f"the linear program of the worst-case risk failed: {solved.message}")
     return -float(solved.fun), solved.x[:v], solved.x[v : v + w]
 
@@ -312,7 +357,13 @@ def _cone_program(
     if total is not None:
         constraints.append(total @ w == 1)
     problem = cvxpy.Problem(cvxpy.Maximize(cvxpy.sum(cvxpy.multiply(gradient, v)) + level @ w), constraints)
-    problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10, tol_feas=1e-10)
-    if v.value is None or w.value is None:
-        raise RuntimeError(f"the cone program of the worst-case risk failed: {problem.status}")
+    try:
+        problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10, tol_feas=1e-10)
+    except cvxpy.SolverError as error:
+        raise RuntimeError(f"the cone program of the worst-case risk failed: {error}") from error
+    if problem.status != cvxpy.OPTIMAL:
+        raise RuntimeError(
+            f"the cone program of the worst-case risk failed: its solver says {problem.status!r}; the budget, or a "
+            "cell, may be larger than others by too many orders of magnitude"
+        )
     return float(problem.value), v.value, w.value

@@ -43,7 +43,7 @@ __all__ = [
 _INWARD = 1 - 2.0**-40
 # half the number of sides of the polygon that stands for the disc
 _SIDES = 64
-# what the cone program's solver may be off by, relative to max(1, |V|)
+# what the cone program's solver may be off by, relative to the unit of the loss, |V| and 1
 _SOLVER = 1e-7
 
 
@@ -104,7 +104,8 @@ def worst_case_risk(net: Net | nn.Module, x: Tensor, y: Tensor, threat: Threat, 
     r"""The exact worst-case risk :math:`\sup\{E_P[\ell]:W_1(P,P_N)\le\epsilon\}`.
 
     For "L1" and "Linf" by `worst_case_curve`; for "L2" and the margin by the cone program of
-    `wda.certificates.perspective`, to the solver's accuracy (about 1e-9; needs ``wda[certificates]``).
+    `wda.certificates.perspective` (needs ``wda[certificates]``), to the solver's accuracy: about 1e-9 of the larger of
+    V(eps) - V(0) and the largest gradient times :math:`N\epsilon` or the usual size of a cell.
 
     Parameters
     ----------
@@ -121,6 +122,8 @@ def worst_case_risk(net: Net | nn.Module, x: Tensor, y: Tensor, threat: Threat, 
         The layer named is neither affine nor ReLU.
     ValueError, TypeError
         No exact route exists: the order is not 1, or cross-entropy with "L2"; a bad argument; too many cells.
+    RuntimeError
+        The solver of the cone program does not vouch for its solution.
 
     Examples
     --------
@@ -134,7 +137,7 @@ def worst_case_risk(net: Net | nn.Module, x: Tensor, y: Tensor, threat: Threat, 
     if problem.polyhedral:
         return problem.curve(gauge(threat.norm, problem.net.n))(threat.eps)
     problem.require_margin("worst_case_bracket gives bounds")
-    return problem.program().risk(threat.norm, threat.eps)[0]
+    return problem.program().risk(threat.norm, problem.reach(threat.eps))[0]
 
 
 def worst_case_bracket(
@@ -157,7 +160,7 @@ def worst_case_bracket(
     Returns
     -------
     (float, float)
-        The upper bound includes 1e-7 for the accuracy of the cone program's solver.
+        The upper bound includes a relative 1e-7 for the accuracy of the cone program's solver.
 
     Examples
     --------
@@ -177,9 +180,11 @@ def worst_case_bracket(
         return problem.curve(inside)(threat.eps), problem.curve(around)(threat.eps)
     classes = problem.net.classes
     pieces = softplus_pieces if classes == 2 else hinge_pieces
-    upper, points = problem.program(pieces).risk(threat.norm, threat.eps)
+    cone, eps = problem.program(pieces), problem.reach(threat.eps)
+    upper, points = cone.risk(threat.norm, eps)
+    error = _SOLVER * max(1, abs(upper), math.prod(cone.units(eps)))
     upper += 0 if classes == 2 else math.log(classes)
-    return problem.moves_to(points)(threat.eps), upper + _SOLVER * max(1, abs(upper))
+    return problem.moves_to(points)(threat.eps), upper + error
 
 
 def worst_case_distribution(
@@ -218,7 +223,7 @@ def worst_case_distribution(
         curve = problem.curve(gauge(threat.norm, problem.net.n))
     else:
         problem.require_margin("worst_case_bracket gives bounds")
-        curve = problem.moves_to(problem.program().risk(threat.norm, threat.eps)[1])
+        curve = problem.moves_to(problem.program().risk(threat.norm, problem.reach(threat.eps))[1])
     slack *= max(1, abs(curve(threat.eps)))
     atoms = _spend(problem, curve, threat.eps * _INWARD, slack)
     anchor = x.detach().double()
@@ -332,6 +337,10 @@ class _Problem:
                 f"loss={self.loss!r} with norm={self.norm!r}: exact are 'margin' with 'L1', 'L2', 'Linf' and 'ce' with "
                 f"'L1', 'Linf'; {instead}"
             )
+
+    def reach(self, eps: float) -> float:
+        """The budget that can be spent: in a box no more than its diameter."""
+        return eps if self.box is None else min(eps, float(self.length(np.full(self.net.n, self.box[1] - self.box[0]))))
 
     def losses(self, points: Array) -> Array:
         """The loss at points (N, C, n), with the label of the sample in the same row: (N, C)."""

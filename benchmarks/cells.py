@@ -121,7 +121,7 @@ def main() -> None:
     print("n   m   cells    enumeration  sign vectors  ratio  vertices   ratio")
     rows = [row for n in DIMENSIONS for row in measure(n, args.seconds)]
     if args.output:
-        record = {"study": "benchmark", "parameters": {"seconds": args.seconds}, "rows": rows, "provenance": provenance()}
+        record = {"study": "benchmark", "seconds": args.seconds, "rows": rows, "provenance": provenance()}
         with write_atomically(args.output) as file:
             file.write(json.dumps(record, indent=1).encode())
 

@@ -203,3 +203,45 @@ def test_what_cannot_be_enumerated_is_said() -> None:
         cells.enumerate(random_net(2, 3, 2), box=(1.0, 0.0))
     with pytest.raises(ValueError, match="limit=0"):
         cells.enumerate(random_net(2, 3, 2), limit=0)
+
+
+def scaled(W: np.ndarray, b: np.ndarray) -> nn.Sequential:
+    return one_hidden(W.tolist(), b.tolist(), np.ones((2, len(b))).tolist())
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_nearly_parallel_units_keep_their_cells(n: int) -> None:
+    """Their determinant is 1e-12 or less; the hyperplanes meet all the same."""
+    W = np.concatenate([np.zeros((1, n)), np.eye(n)[1:] * 1e-6])
+    W[:, 0] = 1
+    assert len(cells.enumerate(scaled(W, np.arange(1, n + 1) / 10))) == 2**n
+
+
+@pytest.mark.parametrize("scale", [1, 1e-8, 1e-12, 1e-100, 1e12, 1e150])
+def test_cells_do_not_depend_on_the_size_of_the_weights(scale: float) -> None:
+    g = np.random.default_rng(0)
+    W, b = g.normal(size=(4, 2)), g.normal(size=4)
+    for box in (None, (-5.0, 5.0)):
+        assert masks(cells.enumerate(scaled(W * scale, b * scale), box)) == masks(cells.enumerate(scaled(W, b), box))
+    # one unit far smaller than the others
+    assert len(cells.enumerate(scaled(np.array([[1.0, 0], [0, 1e-11]]), np.zeros(2)))) == 4
+
+
+@pytest.mark.parametrize("unit", [1, 1e-7, 2.0**-26, 2.0**30, 2.0**-34])
+def test_cells_do_not_depend_on_the_unit_of_the_inputs(unit: float) -> None:
+    """Degenerate, so that linear programs with an absolute tolerance decide."""
+    W, b = np.array([[-2.0, -2], [-2, 2], [-2, -1], [-2, 1]]), np.array([-2.0, 0, -1, 1])
+    assert len(cells.enumerate(scaled(W, b * unit))) == 10
+    assert len(cells.enumerate(scaled(W / unit, b), (-2 * unit, 2 * unit))) == 10
+
+
+def test_few_gives_up_in_time() -> None:
+    assert cells.few(random_net(10, 14, 14, 3)) is None
+    wide = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 144, 2))
+    assert cells.few(nets.from_module(wide, shape=(1, 12, 12))) is None  # too large for explicit matrices
+
+
+@pytest.mark.parametrize("x", [np.zeros(3), np.array([np.nan, 0])])
+def test_a_point_that_is_none(x: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="x="):
+        cells.at(random_net(2, 3, 2), x)

@@ -176,6 +176,24 @@ def test_bad_shapes_are_named() -> None:
         nets.from_module("digits-mlp")
 
 
+class Hooked(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 2))
+        self[0].register_forward_hook(lambda layer, given, result: 10 * result)
+
+
+def test_what_would_be_half_read_is_refused() -> None:
+    with pytest.raises(NotPiecewiseAffine, match="hooks"):
+        nets.from_module(Hooked())
+    with pytest.raises(NotPiecewiseAffine, match=r"threshold=1"):
+        nets.from_module(nn.Sequential(nn.Linear(2, 2), nn.Softplus(threshold=1)))
+    for value in (float("nan"), float("inf")):
+        net = random_net(2, 3, 2)
+        net[2].bias[0] = value
+        with pytest.raises(ValueError, match=r"'2\.bias'"):
+            nets.from_module(net)
+
+
 @pytest.mark.parametrize("name", ["digits-mlp", "digits-cnn", "digits-gelu", "digits-vit", "digits-vit-nonorm"])
 def test_bundled_models_are_read(name: str) -> None:
     model = models.load(name)

@@ -236,6 +236,11 @@ BAD = [
     (lambda net: C.lipschitz(net, "L2", labels=[2]), "labels=2"),
     (lambda net: C.lipschitz(net, "L2", labels=[]), r"labels=\[\]"),
     (lambda net: C.lipschitz(net, "L2", box=(1, 0)), "box="),
+    (lambda net: C.lipschitz(net, "L2", box=(0, math.inf)), "box=inf"),
+    (lambda net: C.lipschitz(net, "L2", "product", box=(1, 0)), "box="),
+    (lambda net: C.lipschitz(net, "L2", "corrected", method="bounds"), "method='cells'"),
+    (lambda net: C.lipschitz(net, "L2", labels=1), "labels=1"),
+    (lambda net: C.lipschitz(nn.Linear(2, 1), "L2"), "1 logit"),
     (lambda net: C.recession_slope(net, "L2", method="milp"), "L2"),
     (lambda net: C.recession_slope(net, "L2", [-1]), "labels=-1"),
     (lambda net: C.sample_slope(net, torch.zeros(1, 2), torch.tensor([2]), "L2"), "2"),
@@ -259,5 +264,7 @@ def test_layers_that_a_method_cannot_treat_are_named() -> None:
     slope = C.recession_slope(net, "Linf")
     assert slope.method == "bounds"
     assert 0 <= slope.lower <= slope.upper
+    assert not C.Slope(0.0, 1e-9, "bounds").exact
+    assert C.Slope(0.0, 0.0, "bounds").exact
     with pytest.raises(ValueError, match="only known to lie in"):
         float(C.Slope(1.0, 2.0, "bounds"))

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from torch import nn
 
-from wda.checks import whole
+from wda.checks import interval, whole
 from wda.errors import NotPiecewiseAffine
-from wda.nets import Array, Dense, Mask, Net, from_module
+from wda.nets import Array, Dense, Mask, Net, TooLarge, from_module
 
 __all__ = ["Cell", "Cells", "TooManyCells", "at", "enumerate", "few"]
 
@@ -32,12 +32,17 @@ __all__ = ["Cell", "Cells", "TooManyCells", "at", "enumerate", "few"]
 _ROUNDING = 1e-10
 # relative error of a solution of linear equations, per unit of their condition
 _EXACT = 1e-13
-# how many vertices are solved for at once
+# a smallest singular value below which hyperplanes meet in no single point
+_DEPENDENT = 1e-13
+# a radius, in the unit of the arrangement, below which a cell is rounding
+_EMPTY = 1e-12
+# how many vertices are solved for at once, and in all for each cell that the limit allows
 _CHUNK = 1 << 16
+_TRIES = 100
 
 
-class TooManyCells(ValueError):
-    """A network has more cells than the limit allows."""
+class TooManyCells(TooLarge):
+    """A network has more cells than the limit allows, or they would take too long to find."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,10 +188,10 @@ def enumerate(net: Net | nn.Module, box: tuple[float, float] | None = None, limi
     net = from_module(net)
     net.require("affine", "sum", "activation", why="enumeration of cells")
     whole("limit", limit)
-    dense = net.dense
-    _check_size(dense, limit)
-    G, g = _box_rows(box, dense.n)
-    return Cells(dense, _walk(dense, G, g, limit), box)
+    box = interval("box", box)
+    _check_size(net.dense, limit)
+    unit = _in_unit_box(net.dense, box) if box else _in_own_unit(net.dense)
+    return Cells(net.dense, _walk(unit, *_box_rows(box and (-1.0, 1.0), net.n), limit), box)
 
 
 def at(net: Net | nn.Module, x: Array, tolerance: float = 1e-9) -> Cells:
@@ -211,8 +216,9 @@ def at(net: Net | nn.Module, x: Array, tolerance: float = 1e-9) -> Cells:
     net = from_module(net)
     net.require("affine", "sum", "activation", why="enumeration of cells")
     x = np.asarray(x, dtype=np.float64).reshape(-1)
-    G, g = _box_rows(None, net.n)
-    return Cells(net.dense, _walk(net.dense, G, g, 1_000_000, (x, tolerance)))
+    if len(x) != net.n or not np.isfinite(x).all():
+        raise ValueError(f"x={x}: {net.n} finite numbers are accepted")
+    return Cells(net.dense, _walk(net.dense, *_box_rows(None, net.n), 1_000_000, (x, tolerance)))
 
 
 def few(net: Net | nn.Module, box: tuple[float, float] | None = None, limit: int = 20_000) -> Cells | None:
@@ -225,7 +231,7 @@ def few(net: Net | nn.Module, box: tuple[float, float] | None = None, limit: int
     """
     try:
         return enumerate(net, box, limit)
-    except (TooManyCells, NotPiecewiseAffine):
+    except (TooLarge, NotPiecewiseAffine):
         return None
 
 
@@ -244,32 +250,62 @@ def _check_size(dense: Dense, limit: int) -> None:
 def _box_rows(box: tuple[float, float] | None, n: int) -> tuple[Array, Array]:
     if box is None:
         return np.zeros((0, n)), np.zeros(0)
-    if not box[0] < box[1]:
-        raise ValueError(f"box={box!r}: a pair (low, high) with low < high is accepted")
     return np.concatenate([np.eye(n), -np.eye(n)]), np.repeat([box[1], -box[0]], n)
+
+
+def _in_unit_box(dense: Dense, box: tuple[float, float]) -> Dense:
+    """The network as a function of the position in the box, which is [-1, 1]^n in these coordinates."""
+    centre, half = box[0] / 2 + box[1] / 2, box[1] / 2 - box[0] / 2
+    weights = tuple((W[0] * half, *W[1:]) for W in dense.weights)
+    bias = tuple(b + centre * W[0].sum(1) for W, b in zip(dense.weights, dense.bias, strict=True))
+    return Dense(weights, bias, dense.activations)
+
+
+def _in_own_unit(dense: Dense) -> Dense:
+    """The network with inputs in units of the typical distance of a hyperplane of its first layer from 0."""
+    W, b = dense.weights[0][0], dense.bias[0]
+    length = np.abs(W).max(1, initial=0)
+    away = (length > 0) & (b != 0)
+    if not away.any():
+        return dense
+    unit = 2.0 ** np.round(np.median(np.log2(np.abs(b[away])) - np.log2(length[away])))
+    return Dense(tuple((W[0] * unit, *W[1:]) for W in dense.weights), dense.bias, dense.activations)
 
 
 def _walk(dense: Dense, G: Array, g: Array, limit: int, near: tuple[Array, float] | None = None) -> Mask:
     """The masks of the cells inside {G x <= g}, layer by layer; with `near`, of those around one point."""
-    masks, inside = np.zeros((1, 0), bool), [(G, g)]
+    masks, inside, tried = np.zeros((1, 0), bool), [(G, g)], 0
     for h in range(len(dense.units)):
-        A, b = dense.layer(h, dense.split(masks)[:h])
+        A, b = _layer(dense, h, masks)
         if near is not None:
             A, b = _around(A, b, *near)
         last = h + 1 == len(dense.units)
         found, regions, count = [], [], 0
         for mask, (G, g), normals, offsets in zip(masks, inside, A, b, strict=True):
-            signs = _signs(G, g, normals, offsets, limit)
+            tried += math.comb(len(g) + int(normals.any(1).sum()), min(dense.n, len(g) + len(offsets)))
+            if tried > _TRIES * limit:
+                raise TooManyCells(_too_many(limit))
+            signs, facets = _signs(G, g, normals, offsets, limit, not last)
             found.append(np.concatenate([np.repeat(mask[None], len(signs), 0), signs], axis=1))
-            depends = normals.any(1)
-            for side in () if last else np.where(signs[:, depends], -1.0, 1.0):
-                rows = np.concatenate([G, side[:, None] * normals[depends]])
-                regions.append((rows, np.concatenate([g, -side * offsets[depends]])))
+            for side, facet in zip(np.where(signs, -1.0, 1.0), facets, strict=last is False):
+                rows = np.concatenate([G, (side[:, None] * normals)[facet]])
+                regions.append((rows, np.concatenate([g, (-side * offsets)[facet]])))
             count += len(signs)
             if count > limit:
                 raise TooManyCells(_too_many(limit))
         masks, inside = np.concatenate(found), regions
     return masks
+
+
+def _layer(dense: Dense, h: int, masks: Mask) -> tuple[Array, Array]:
+    """`Dense.layer`, with a row of zeros for each unit whose row is what rounding left of larger terms."""
+    before = dense.split(masks)[:h]
+    A, b = dense.layer(h, before)
+    if h:
+        weights = tuple(tuple(np.abs(W) for W in row) for row in dense.weights)
+        terms = Dense(weights, dense.bias, dense.activations).layer(h, before)[0].max(2)
+        A = np.where((np.abs(A).max(2) > _ROUNDING * terms)[:, :, None], A, 0)
+    return A, b
 
 
 def _around(A: Array, b: Array, x: Array, tolerance: float) -> tuple[Array, Array]:
@@ -283,24 +319,42 @@ def _too_many(limit: int) -> str:
     return f"more than limit={limit} cells: use method='milp' or method='bounds', or raise the limit"
 
 
-def _signs(G: Array, g: Array, A: Array, b: Array, limit: int) -> Mask:
-    """The sides (k, m) of the hyperplanes A x + b = 0 taken by the full-dimensional cells inside {G x <= g}."""
-    normals, offsets = np.concatenate([-G, A]), np.concatenate([g, b])
-    length = np.linalg.norm(normals, axis=1)
-    cuts = length > _ROUNDING * length.max(initial=0)
-    planes, group, flipped = _merge(np.column_stack([normals, offsets])[cuts] / length[cuts, None])
+def _signs(G: Array, g: Array, A: Array, b: Array, limit: int, with_facets: bool) -> tuple[Mask, Mask]:
+    """How the hyperplanes A x + b = 0 cut {G x <= g}.
+
+    Returns the sides (k, m) of them that the full-dimensional cells take and, if asked for, which of them border each
+    cell (k, m); of several units with the same hyperplane one counts.
+    """
+    rows = np.column_stack([np.concatenate([-G, A]), np.concatenate([g, b])])
+    size = np.abs(rows[:, :-1]).max(1, initial=0)
+    cuts = size > 0
+    rows[cuts] /= size[cuts, None]
+    planes, group, flipped = _merge(rows[cuts] / np.linalg.norm(rows[cuts, :-1], axis=1, keepdims=True))
     # in coordinates of the space that the normals span; along the other directions every cell goes on for ever
     _, size, basis = np.linalg.svd(planes[:, :-1], full_matrices=False)
     planes = np.column_stack([planes[:, :-1] @ basis[size > _ROUNDING * size.max(initial=0)].T, planes[:, -1]])
-    constraints = int(cuts[: len(G)].sum())
     required = np.zeros(len(planes), int)
-    required[group[:constraints]] = np.where(flipped[:constraints], -1, 1)
+    required[group[: len(G)]] = np.where(flipped[: len(G)], -1, 1)
     merged = _by_vertices(planes, required, limit)
-    if merged is None:
+    if merged is None or not len(merged):
         merged = _by_programs(planes, required, limit)
-    signs = np.repeat((offsets > 0)[None], len(merged), 0)
+    signs = np.repeat((rows[:, -1] > 0)[None], len(merged), 0)
     signs[:, cuts] = merged[:, group] ^ flipped
-    return signs[:, len(G) :]
+    if not with_facets:
+        return signs[:, len(G) :], np.zeros((0, len(A)), bool)
+    facets = np.zeros(signs.shape, bool)
+    _, first = np.unique(group, return_index=True)
+    facets[:, np.flatnonzero(cuts)[first]] = _borders(merged) & (required == 0)
+    return signs[:, len(G) :], facets[:, len(G) :]
+
+
+def _borders(cells: Mask) -> Mask:
+    """Which hyperplanes (k, q) border each cell: those across which there is another cell."""
+    single = _pack(np.eye(cells.shape[1], dtype=bool))
+    words = np.ascontiguousarray(_pack(cells))
+    as_one = np.dtype((np.void, words.shape[1] * 8))
+    across = [np.isin((words ^ plane).view(as_one)[:, 0], words.view(as_one)[:, 0]) for plane in single]
+    return np.stack(across, axis=1) if len(single) else np.zeros(cells.shape, bool)
 
 
 def _merge(planes: Array) -> tuple[Array, NDArray[np.intp], Mask]:
@@ -357,17 +411,20 @@ def _by_vertices(planes: Array, required: NDArray[np.int_], limit: int) -> Mask 
 
 def _vertices(planes: Array, through: NDArray[np.intp]) -> tuple[NDArray[np.intp], Array, Array]:
     """Where d hyperplanes meet: which they are, every hyperplane's value there, and how exact these are (., 1)."""
-    through = through[np.abs(np.linalg.det(planes[through, :-1])) > _ROUNDING]
+    through = through[np.linalg.det(planes[through, :-1]) != 0]
     inverse = np.linalg.inv(planes[through, :-1])
+    condition = np.abs(inverse).sum((1, 2))
+    independent = condition < 1 / _DEPENDENT
+    through, inverse, condition = through[independent], inverse[independent], condition[independent]
     vertex = -(inverse @ planes[through, -1:])[:, :, 0]
-    error = _EXACT * np.abs(inverse).sum((1, 2)) * (1 + np.abs(vertex).max(1))
+    error = _EXACT * condition * (1 + np.abs(vertex).max(1, initial=0))
     return through, vertex @ planes[:, :-1].T + planes[:, -1], error[:, None]
 
 
 def _rays(planes: Array, through: NDArray[np.intp]) -> tuple[NDArray[np.intp], Array, Array]:
     """As `_vertices`, for the two unit vectors on which d - 1 hyperplanes through the origin meet."""
     _, size, directions = np.linalg.svd(planes[through, :-1])
-    independent = (size > _ROUNDING).all(1)
+    independent = (size > _DEPENDENT).all(1)
     value = directions[independent, -1] @ planes[:, :-1].T
     error = np.tile(_EXACT / size[independent].min(1, initial=1.0), 2)
     return np.tile(through[independent], (2, 1)), np.concatenate([value, -value]), error[:, None]
@@ -397,9 +454,9 @@ def _by_programs(planes: Array, required: NDArray[np.int_], limit: int) -> Mask:
             for cell in cells
             for side in ((required[plane],) if required[plane] else (-1, 1))
             for sides in [np.append(cell, side)]
-            if _chebyshev(-sides[:, None] * added[:, :-1], sides * added[:, -1])[0] > _ROUNDING
+            if _chebyshev(-sides[:, None] * added[:, :-1], sides * added[:, -1])[0] > _EMPTY
         ]
-        if len(cells) > limit:
+        if len(cells) * (i + 1) > limit:
             raise TooManyCells(_too_many(limit))
     signs = np.zeros((len(cells), len(planes)), bool)
     signs[:, order] = np.array(cells).reshape(len(cells), -1) > 0
@@ -407,18 +464,28 @@ def _by_programs(planes: Array, required: NDArray[np.int_], limit: int) -> Mask:
 
 
 def _chebyshev(A: Array, b: Array, n: int | None = None) -> tuple[float, Array]:
-    """The radius, at most 1, and the centre of a largest ball in {A x <= b}; a negative radius if it is empty."""
+    """The radius, at most 1, and the centre of a largest ball in {A x <= b}; a negative radius if it is empty.
+
+    The solver's tolerance is absolute. So a small ball is sought again around its centre, in a smaller unit.
+    """
     n = A.shape[1] if n is None else n
+    centre, unit = np.zeros(n), 1.0
     if not len(A):
-        return 1.0, np.zeros(n)
+        return 1.0, centre
     length = np.linalg.norm(A, axis=1)
-    solved = linprog(
-        np.append(np.zeros(n), -1.0),
-        A_ub=np.column_stack([A / length[:, None], np.ones(len(A))]),
-        b_ub=b / length,
-        bounds=[*[(None, None)] * n, (None, 1.0)],
-        method="highs",
-    )
-    if solved.x is None:
-        raise RuntimeError(f"the linear program of a cell failed: {solved.message}")
-    return float(solved.x[-1]), solved.x[:-1]
+    A, b = A / length[:, None], b / length
+    while True:
+        solved = linprog(
+            np.append(np.zeros(n), -1.0),
+            A_ub=np.column_stack([A, np.ones(len(A))]),
+            b_ub=(b - A @ centre) / unit,
+            bounds=[*[(None, None)] * n, (None, 1.0)],
+            method="highs",
+        )
+        if solved.x is None:
+            raise RuntimeError(f"the linear program of a cell failed: {solved.message}")
+        centre = centre + unit * solved.x[:-1]
+        radius = float(min(unit, (b - A @ centre).min()))
+        if abs(radius) > 1e-4 * unit or unit < 1e-8:
+            return radius, centre
+        unit *= 1e-4

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from fractions import Fraction
 from numbers import Integral, Real
 
-__all__ = ["choice", "flag", "number", "whole"]
+__all__ = ["choice", "flag", "interval", "number", "whole"]
 
 
 def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
@@ -49,6 +50,25 @@ def number(name: str, value: object, accepted: str, least: float, most: float) -
     if not least <= result <= most:
         raise ValueError(f"{name}={value!r}: {accepted} is accepted")
     return result
+
+
+def interval(name: str, value: object) -> tuple[float, float] | None:
+    """A pair (low, high) of finite numbers with low < high, or None.
+
+    Examples
+    --------
+    >>> interval("box", [0, 1])
+    (0.0, 1.0)
+    """
+    if value is None:
+        return None
+    accepted = "a pair (low, high) of finite numbers with low < high, or None,"
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name}={value!r}: {accepted} is accepted")
+    low, high = (number(name, side, accepted, -sys.float_info.max, sys.float_info.max) for side in value)
+    if not low < high:
+        raise ValueError(f"{name}={value!r}: {accepted} is accepted")
+    return low, high
 
 
 def choice(name: str, value: object, accepted: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ what every certificate here rests on. Everything is computed in float64, on the 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from torch.nn import functional
 from wda.errors import NotPiecewiseAffine
 from wda.models import Attention
 
-__all__ = ["Dense", "Net", "Node", "from_module"]
+__all__ = ["Dense", "Net", "Node", "TooLarge", "from_module"]
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -32,6 +33,10 @@ Map = Callable[..., Tensor]
 
 # dense() pushes one unit vector per input and per hidden unit through the network
 _MAX_DENSE = 8192
+
+
+class TooLarge(ValueError):
+    """A network is too large for the method asked for; the message says how large, and what to use instead."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ class Net:
         ------
         NotPiecewiseAffine
             It has max pooling or a bounded layer, which are no affine maps between activations.
-        ValueError
+        TooLarge
             It has more than 8192 inputs and hidden units.
 
         Examples
@@ -275,7 +280,7 @@ class Net:
                     "and elementwise activations; method='bounds' treats this layer"
                 )
         if self.n + sum(self.units) > _MAX_DENSE:
-            raise ValueError(
+            raise TooLarge(
                 f"the network has {self.n} inputs and {sum(self.units)} hidden units; up to {_MAX_DENSE} in all are "
                 "written as explicit matrices: use method='bounds'"
             )
@@ -440,7 +445,7 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None) -> N
     NotPiecewiseAffine
         Names the first layer that is none of these.
     ValueError
-        The shape is missing, or the model does not accept it.
+        The shape is missing, or the model does not accept it; or a weight is not finite, and named.
 
     Examples
     --------
@@ -452,10 +457,8 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None) -> N
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}: a torch.nn.Module is accepted")
+    _check_layers(model)
     exact = copy.deepcopy(model).double().eval().requires_grad_(False)
-    for name, module in exact.named_modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_var is None:
-            raise NotPiecewiseAffine(f"{type(module).__name__} '{name}' has no running statistics: it mixes samples")
     shape = _input_shape(exact) if shape is None else tuple(int(side) for side in shape)
     root = nn.Sequential(exact)
     try:
@@ -474,6 +477,20 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None) -> N
     if not torch.allclose(net(probe), one_by_one, atol=1e-6, equal_nan=True):
         raise NotPiecewiseAffine(f"{type(model).__name__}: its forward does more than its layers, or mixes samples")
     return net
+
+
+def _check_layers(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        layer = f"{type(module).__name__} '{name}'"
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise NotPiecewiseAffine(f"{layer} has forward hooks (weight_norm leaves one), which are not read")
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_var is None:
+            raise NotPiecewiseAffine(f"{layer} has no running statistics: it mixes samples")
+        if isinstance(module, nn.Softplus) and module.threshold < 20:
+            raise NotPiecewiseAffine(f"{layer} jumps at threshold={module.threshold}: 20 and more are accepted")
+    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not value.isfinite().all():
+            raise ValueError(f"'{name}' of the model has NaN or infinite values")
 
 
 def _input_shape(model: nn.Module) -> tuple[int, ...]:
@@ -545,7 +562,8 @@ class _Reader:
         if kind in _SUMS and not step.kwargs:
             self._sum(step, name, subtract=kind in _DIFFERENCES)
             return
-        if kind not in _READ or len(sources) > 1 or (kind in _QUOTIENTS and step.args[0] not in sources):
+        inverted = kind in _QUOTIENTS and (bool(step.kwargs) or step.args[0] not in sources)
+        if kind not in _READ or len(sources) > 1 or inverted:
             raise NotPiecewiseAffine(f"{name}: this layer is not piecewise affine, or not known; known are {_KNOWN}")
 
         def call(v: Tensor) -> Tensor:
@@ -605,9 +623,8 @@ def _activation(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
 
 def _in_place(step: fx.Node, module: nn.Module | None) -> bool:
     name = getattr(step.target, "__name__", str(step.target)) if module is None else ""
-    return bool(
-        getattr(module, "inplace", False) or step.kwargs.get("inplace") or True in step.args[1:] or name[-1:] == "_"
-    )
+    flags = (getattr(module, "inplace", False), step.kwargs.get("inplace"), name[-1:] == "_", *step.args[1:])
+    return any(flag is True for flag in flags)
 
 
 def _reshape(kind: Any, module: Any, call: Map, value: Tensor) -> Node:

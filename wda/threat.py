@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wda.checks import number
+from wda.checks import interval, number
 from wda.norms import exponent
 
 __all__ = ["Threat", "radius_text"]
@@ -65,7 +65,7 @@ class Threat:
         accepted = 'a finite number >= 0, or a fraction such as "8/255",'
         object.__setattr__(self, "eps", number("eps", self.eps, accepted, 0, sys.float_info.max))
         object.__setattr__(self, "order", number("order", self.order, "a number >= 1, or math.inf,", 1, math.inf))
-        object.__setattr__(self, "box", _box(self.box))
+        object.__setattr__(self, "box", interval("box", self.box))
         if self.norm == "Linf" and self.box is not None and self.eps > self.box[1] - self.box[0]:
             warnings.warn(
                 f"eps={self.eps!r} is more than the width of box={self.box}, so all of it is within reach: "
@@ -89,15 +89,3 @@ def radius_text(eps: float) -> str:
     digits = repr(eps).removesuffix(".0")
     steps = round(255 * eps)
     return f"{steps}/255" if steps / 255 == eps and len(digits) > len("0.255") else digits
-
-
-def _box(box: object) -> tuple[float, float] | None:
-    if box is None:
-        return None
-    accepted = "a pair (low, high) of finite numbers with low < high, or None,"
-    if not isinstance(box, tuple | list) or len(box) != 2:
-        raise TypeError(f"box={box!r}: {accepted} is accepted")
-    low, high = (number("box", side, accepted, -sys.float_info.max, sys.float_info.max) for side in box)
-    if not low < high:
-        raise ValueError(f"box={box!r}: {accepted} is accepted")
-    return low, high

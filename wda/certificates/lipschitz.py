@@ -13,7 +13,7 @@ from wda.certificates import bounds, milp
 from wda.certificates.gains import product
 from wda.certificates.recession import pairs_of
 from wda.certificates.slope import Slope
-from wda.checks import choice
+from wda.checks import choice, interval
 from wda.nets import Net, from_module
 from wda.norms import dual, exponent, operator_norm
 
@@ -27,7 +27,7 @@ def lipschitz(
     net: Net | nn.Module,
     norm: str,
     kind: str = "margin",
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | torch.Tensor | None = None,
     method: str = "auto",
     box: tuple[float, float] | None = None,
     time_limit: float = 60.0,
@@ -49,7 +49,7 @@ def lipschitz(
     norm : {"Linf", "L2", "L1"}
         Norm of the input.
     kind : {"margin", "corrected", "paper", "product"}
-    labels : sequence of int, optional
+    labels : sequence of int or Tensor, optional
         Those present in the data, for "margin" and "product"; by default all classes.
     method : {"auto", "cells", "milp", "bounds"}
         "cells" enumerates and is exact. "milp" is exact for "margin" with "Linf" or "L1" on a box. "bounds" has
@@ -80,6 +80,7 @@ def lipschitz(
     exponent(norm)
     choice("kind", kind, KINDS)
     choice("method", method, METHODS)
+    box = interval("box", box)
     net = from_module(net)
     pairs = pairs_of(net.classes, labels)
     if kind == "product":
@@ -88,12 +89,14 @@ def lipschitz(
     if method == "milp" and kind == "margin":
         if box is None:
             raise ValueError("box=None: method='milp' needs a box (low, high)")
+        if norm == "L2":
+            raise ValueError("norm='L2': method='milp' treats 'Linf' and 'L1'")
         return milp.lipschitz(net.dense, norm, pairs, box, time_limit)
     cells = enumerate(net, box) if method == "cells" else few(net, box) if method == "auto" else None
     if cells is not None:
         return _over_cells(cells, norm, kind, pairs)
     if kind != "margin" or method == "milp":
-        raise ValueError(f"kind={kind!r} needs the cells, too many here: kind='margin' has other methods")
+        raise ValueError(f"kind={kind!r} needs the cells (method='cells'); kind='margin' has other methods")
     upper = float(bounds.lipschitz_upper(net, norm, pairs, box).max())
     lower, label, rival = _steepest_seen(net, norm, pairs, box)
     return Slope(lower, upper, "bounds", None, label, rival)

@@ -24,7 +24,7 @@ from wda.passes import check_labels, check_sample
 __all__ = ["cone_maximum", "pairs_of", "recession_slope", "sample_slope"]
 
 
-def pairs_of(classes: int, labels: Iterable[int] | None) -> list[tuple[int, int]]:
+def pairs_of(classes: int, labels: Sequence[int] | Tensor | None) -> list[tuple[int, int]]:
     """The pairs (label, rival) of a network; `labels` are those present in the data, None for all.
 
     Examples
@@ -32,9 +32,11 @@ def pairs_of(classes: int, labels: Iterable[int] | None) -> list[tuple[int, int]
     >>> pairs_of(3, [1])
     [(1, 0), (1, 2)]
     """
-    present = range(classes) if labels is None else sorted({whole("labels", k, 0, classes - 1) for k in labels})
-    if not present:
-        raise ValueError("labels=[]: at least one label is needed")
+    if classes < 2:
+        raise ValueError(f"the network has {classes} logit: at least 2 classes are needed")
+    if isinstance(labels, int) or (labels is not None and len(labels) == 0):
+        raise ValueError(f"labels={labels!r}: a sequence of at least one label is accepted")
+    present = range(classes) if labels is None else sorted({whole("labels", int(k), 0, classes - 1) for k in labels})
     return [(k, j) for k in present for j in range(classes) if j != k]
 
 
@@ -88,7 +90,7 @@ def cone_maximum(g: Array, cone: Array, norm: str) -> tuple[float, Array]:
 def recession_slope(
     net: Net | nn.Module,
     norm: str,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | Tensor | None = None,
     method: str = "auto",
     starts: int = 50,
     seed: int = 0,
@@ -105,7 +107,7 @@ def recession_slope(
     net : Net or nn.Module
         Smooth activations count as what they are far away: GELU, SiLU and softplus as ReLU, the sigmoid as 0.
     norm : {"Linf", "L2", "L1"}
-    labels : sequence of int, optional
+    labels : sequence of int or Tensor, optional
         Those present in the data; by default all classes.
     method : {"auto", "cones", "cells", "milp", "bounds"}
         "cones" enumerates the cells of the recession network, "cells" those of the network itself and their recession
@@ -147,6 +149,8 @@ def recession_slope(
     if cells is not None:
         return _over_cones([cells], [pairs], norm, "cells" if method == "cells" else "cones")
     if method == "milp":
+        if norm == "L2":
+            raise ValueError("norm='L2': method='milp' treats 'Linf' and 'L1'")
         return milp.recession(limit.dense, norm, pairs, time_limit)
     upper = float(bounds.recession_upper(net, norm, pairs).max())
     attacked = bounds.steepest_pairs(net, norm, pairs, seed=seed)

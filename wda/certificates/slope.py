@@ -40,8 +40,8 @@ class Slope:
 
     @property
     def exact(self) -> bool:
-        """Whether the bounds agree up to rounding."""
-        return self.upper - self.lower <= _ROUNDING * max(1.0, abs(self.upper))
+        """Whether the bounds agree to a millionth."""
+        return self.upper - self.lower <= _ROUNDING * abs(self.upper)
 
     @property
     def value(self) -> float:

@@ -150,6 +150,34 @@ def test_a_contradiction_in_the_second_layer(norm: str) -> None:
     assert slope.lower == slope.upper == pytest.approx(1, rel=1e-12)
 
 
+def steep_layer(seed: int, most: int) -> nn.Sequential:
+    """Four units whose weights are up to 10^most times their biases: their cells are that much smaller than the box."""
+    g = np.random.default_rng(seed)
+    W, b = g.normal(size=(4, 2)) * 10.0 ** g.integers(2, most), g.normal(size=4)
+    net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2, bias=False)).double().requires_grad_(False)
+    for parameter, values in zip(net.parameters(), (W, b, g.normal(size=(2, 4))), strict=True):
+        parameter.copy_(torch.from_numpy(values))
+    return net
+
+
+@each_norm
+@pytest.mark.parametrize("seed", [11, 48, 53, 55])
+def test_cells_much_smaller_than_the_box_count(norm: str, seed: int) -> None:
+    net = from_module(steep_layer(seed, 9))
+    J, _ = cells.enumerate(net, (-1.0, 1.0)).affine()
+    slope = milp.lipschitz(net.dense, norm, [(0, 1)], (-1.0, 1.0))
+    assert slope.lower == slope.upper == pytest.approx(steepest(J, norm, [(0, 1)]), rel=1e-9)
+
+
+@each_norm
+@pytest.mark.parametrize("seed", [11, 14, 31, 48])
+def test_cells_smaller_than_rounding_count_in_the_upper_bound(norm: str, seed: int) -> None:
+    net = from_module(steep_layer(seed, 14))
+    J, _ = cells.enumerate(net, (-1.0, 1.0)).affine()
+    slope = milp.lipschitz(net.dense, norm, [(0, 1)], (-1.0, 1.0))
+    assert slope.lower * (1 - 1e-9) <= steepest(J, norm, [(0, 1)]) <= slope.upper * (1 + 1e-9)
+
+
 @each_norm
 def test_cells_that_only_touch_the_box_do_not_count(norm: str) -> None:
     dense = one_layer([[1.0, 0.0], [1.0, 1.0]], [5.0, 1.0], [-1.0, 0.0])  # the first unit is on beyond x = 1

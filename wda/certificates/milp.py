@@ -33,6 +33,10 @@ Pair = tuple[int, int]
 
 # a unit that is on or off by less than this, in scaled units, may be so by rounding
 _ROUNDING = 1e-11
+# what the same number is at most where units contradict each other exactly
+_EMPTY = 1e-13
+# magnifies a cell that is not found: the solver's tolerance of 1e-7 becomes that small
+_ZOOM = 1e6
 # how many points are tried before the first program
 _SAMPLES = 512
 # the first try of a program may use up this part of the time left
@@ -60,11 +64,12 @@ class _Group:
 
 @dataclass
 class _Best:
-    """The largest value seen so far."""
+    """The largest value seen so far, and the largest of which it is not known whether it is one."""
 
     value: float
     pair: Pair
     direction: Array | None = None
+    doubtful: float = 0.0
 
     def see(self, value: float, pair: Pair, direction: Array | None = None) -> None:
         if value > self.value:
@@ -82,7 +87,8 @@ def lipschitz(
     cell would be; where several pre-activations vanish at once that may be a mask without a cell (for
     relu(x) - relu(-x) both units on at x = 0, with slope 2 instead of 1). So each mask found is looked for by a
     linear program; if its cell has no interior point in the box, the units that contradict each other, by its dual
-    solution, are excluded as they are, and the search goes on.
+    solution, are excluded as they are, and the search goes on. A mask of which neither is shown, as its cell would be
+    smaller than rounding, is passed over too, but counts in the upper bound.
 
     Parameters
     ----------
@@ -132,12 +138,16 @@ def lipschitz(
     def examine(task: _Task, program: Program, point: Array) -> bool:
         mask = whole.mask(point)
         units = _conflict(here, mask)
-        if units.any():
+        if units is not None and units.any():
             for each in (program, task.program, whole.program):
                 whole.exclude(each, mask, units)
+            return True
+        value = float(_sizes(here, norm, mask[None], task.pair)[0])
+        if units is None:
+            best.doubtful = max(best.doubtful, value)
         else:
-            best.see(float(_sizes(here, norm, mask[None], task.pair)[0]), task.pair)
-            whole.exclude(program, mask, np.ones_like(mask))
+            best.see(value, task.pair)
+        whole.exclude(program, mask, np.ones_like(mask))
         return True
 
     groups = []
@@ -302,37 +312,62 @@ def _growth(whole: Graph, pair: Pair, deadline: float) -> _Task:
     return _Task(float(bound[0]), pair, program, terms)
 
 
-def _conflict(dense: Dense, mask: Mask) -> Mask:
+def _conflict(dense: Dense, mask: Mask) -> Mask | None:
     """Units that cannot all be strictly as in `mask` (units in all,) inside [-1, 1]^n; none if the cell has an inside.
 
     The inside is a point where float64 arithmetic finds every unit on its side beyond rounding: a centre of a largest
-    ball. Without one, the dual solution of that linear program weighs half-spaces that contradict each other; what
-    they are depends on the layers before.
+    ball. Without one, the dual solution of that linear program weighs half-spaces that contradict each other: nowhere
+    in the box is the weighted sum of what the units are on their sides by positive beyond rounding. What the
+    half-spaces are depends on the layers before. As a small cell may be lost in the tolerance of the solver, the
+    program is solved again under a magnifying glass on its first solution. None if even that decides nothing.
     """
     forms = dense.forms(dense.split(mask[None]))[:-1]
     side = np.where(mask, 1.0, -1.0)
     A = side[:, None] * np.concatenate([form[0][0] for form in forms])
     b = side * np.concatenate([form[1][0] for form in forms])
-    length, n = np.linalg.norm(A, axis=1), dense.n
+    length, centre = np.linalg.norm(A, axis=1), np.zeros(dense.n)
     flat = length <= _ROUNDING
     units: Mask = flat & (b < -_ROUNDING)
-    if not units.any():
-        solved = linprog(
-            np.append(np.zeros(n), -1.0),
-            A_ub=np.block(
-                [[-A[~flat], length[~flat, None]], [np.eye(n), np.ones((n, 1))], [-np.eye(n), np.ones((n, 1))]]
-            ),
-            b_ub=np.concatenate([b[~flat], np.ones(2 * n)]),
-            bounds=(None, None),
-            method="highs",
-        )
-        t = solved.x[:-1]
-        if (A[~flat] @ t + b[~flat] > _ROUNDING).all() and (np.abs(t) < 1).all():
+    if units.any():
+        return _with_layers_before(dense, units)
+    A, b, length = A[~flat], b[~flat], length[~flat]
+    for zoom in (1.0, _ZOOM):
+        solved = _largest_ball(A / length[:, None], (A @ centre + b) / length, centre, zoom)
+        if solved is None:
+            return None
+        centre, weights = centre + solved[0], solved[1] / length
+        if (A @ centre + b > _ROUNDING).all() and (np.abs(centre) < 1).all():
             return units
-        units[~flat] = np.abs(solved.ineqlin.marginals[: int((~flat).sum())]) > 1e-9
+        # the largest value of the weighted sum in the box
+        if weights.any() and weights @ b + np.abs(weights @ A).sum() <= _EMPTY * weights.sum():
+            units[~flat] = weights > 0
+            return _with_layers_before(dense, units)
+    return None
+
+
+def _largest_ball(A: Array, b: Array, centre: Array, zoom: float) -> tuple[Array, Array] | None:
+    """The centre of a largest ball in {A s + b >= 0} and [-1, 1]^n - centre, and the dual solution; None if it fails.
+
+    A has unit rows; lengths are in units of 1 / `zoom`.
+    """
+    one, n = np.ones((len(A) + 2 * len(centre), 1)), len(centre)
+    solved = linprog(
+        np.append(np.zeros(n), -1.0),
+        A_ub=np.hstack([np.concatenate([-A, np.eye(n), -np.eye(n)]), one]),
+        b_ub=zoom * np.concatenate([b, 1 - centre, 1 + centre]),
+        bounds=(None, None),
+        method="highs-ds",
+    )
+    if solved.x is None:
+        return None
+    weights = -solved.ineqlin.marginals[: len(A)]
+    return solved.x[:-1] / zoom, np.where(weights > 1e-9, weights, 0.0)
+
+
+def _with_layers_before(dense: Dense, units: Mask) -> Mask:
+    """With all units of the layers before the last one that has any."""
     starts = np.concatenate([[0], np.cumsum(dense.units)])
-    last = int(np.flatnonzero(units)[-1])
-    units[: starts[starts <= last][-1]] = True
+    units[: starts[starts <= np.flatnonzero(units)[-1]][-1]] = True
     return units
 
 
@@ -371,7 +406,7 @@ class _Search:
                 heapq.heappush(waiting, (bound, next(order), tries + 1, task))
             else:  # solved, or given up by the solver
                 failed = max(failed, -bound)
-        upper = max(failed, *(-bound for bound, *_ in waiting), self.best.value)
+        upper = max(failed, *(-bound for bound, *_ in waiting), self.best.value, self.best.doubtful)
         return self.best.value if upper <= self.close else upper * (1 + ACCURACY)
 
     def solve(self, task: _Task, deadline: float) -> float:

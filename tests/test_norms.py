@@ -397,3 +397,56 @@ def test_round_inward_hides_no_missing_projection(name: str, factor: float) -> N
 def test_a_box_without_a_number_is_an_error() -> None:
     with pytest.raises(ValueError, match="has no number in it"):
         norms.clamp(torch.zeros(1, 1, dtype=torch.float16), (0.1, 0.10001))
+
+
+# -- support ---------------------------------------------------------------------------------------------------------
+
+
+def supported(g: np.ndarray, anchor: np.ndarray, radius: float, box: tuple[float, float] | None) -> float:
+    """The value for "L2", by bisection on t in min(t |g|, w)."""
+    room = np.full(len(g), np.inf) if box is None else np.where(g > 0, box[1] - anchor, anchor - box[0])
+    size, low, high = np.abs(g), 0.0, radius / np.abs(g[g != 0]).min()
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.linalg.norm(np.minimum(middle * size, room)) <= radius else (low, middle)
+    return float(size @ np.minimum(low * size, room))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("box", [None, (-1.0, 1.0)])
+@pytest.mark.parametrize("radius", [0.1, 1.0, 1.5, 100.0])
+def test_support_of_the_ball_in_a_box(seed: int, box: tuple[float, float] | None, radius: float) -> None:
+    rng = np.random.default_rng(seed)
+    g, anchor = rng.normal(size=(3, 6)) * 10.0 ** rng.integers(-3, 3, size=(3, 6)), rng.uniform(-1, 1, (3, 6))
+    value = norms.support(torch.from_numpy(g), torch.from_numpy(anchor), radius, "L2", box)
+    expected = [supported(*pair, radius, box) for pair in zip(g, anchor, strict=True)]
+    assert value.numpy() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", [3.0, 1e5])
+def test_the_support_of_nothing_is_nothing(side: float, dtype: torch.dtype, name: str) -> None:
+    zero = torch.zeros(1, 2, dtype=dtype)
+    for radius in (0.0, 1.0, 2e4, 1e9):
+        for box in (None, (-side, side)):
+            assert norms.support(zero, zero, radius, name, box).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("box", [None, (-1.0, 1.0)])
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e150, 1e300])
+def test_support_grows_with_the_gradient(scale: float, box: tuple[float, float] | None, name: str) -> None:
+    g, start = torch.tensor([[3.0, -4.0, 0.0]]).double(), torch.tensor([[0.0, 0.5, 0.0]]).double()
+    one = norms.support(g, start, 1.2, name, box)
+    assert float(norms.support(scale * g, start, 1.2, name, box) / one / scale) == pytest.approx(1, rel=1e-12)
+    if box is not None:  # and with the lengths
+        wide = (scale * box[0], scale * box[1])
+        assert float(norms.support(g, scale * start, 1.2 * scale, name, wide) / one / scale) == pytest.approx(
+            1, rel=1e-12
+        )
+
+
+def test_the_steepest_coordinate_may_have_no_room() -> None:
+    g, start = (torch.tensor([row], dtype=torch.float64) for row in ([1.0, 1e-200], [1.0, 0.0]))
+    assert norms.support(g, start, 0.5, "L2", (-1, 1)).item() == pytest.approx(0.5e-200, rel=1e-12, abs=0)

@@ -245,7 +245,8 @@ def _shrink_l2(length: Tensor, room: Tensor, limit: Tensor) -> Tensor:
     square = full + breakpoint.square() * free
     at = (square < limit.square()).sum(1, keepdim=True).clamp(max=length.shape[1] - 1)
     t = ((limit.square() - full.gather(1, at)).clamp(min=0) / free.gather(1, at).clamp(min=1e-300)).sqrt()
-    return (t * length).minimum(room)
+    # without a free coordinate t is infinite, or very large
+    return torch.where(length > 0, t * length, 0).minimum(room)
 
 
 def _shrink_l1(length: Tensor, room: Tensor, limit: Tensor) -> Tensor:
@@ -358,22 +359,33 @@ def support(
     >>> support(torch.tensor([[3.0, -4.0]]), torch.zeros(1, 2), 2.0, "L1", box=(-1.0, 1.0))
     tensor([7.])
     """
-    limit = torch.as_tensor(radius, dtype=g.dtype, device=g.device).expand(len(g))[:, None]
+    slope, start = g.flatten(1).double(), anchor.flatten(1).double()
+    limit = torch.as_tensor(radius, dtype=torch.float64, device=g.device).expand(len(g))[:, None]
     if box is None:
-        return limit[:, 0] * norm(g, dual(name))
-    slope, start = g.flatten(1), anchor.flatten(1)
-    room = torch.where(slope > 0, box[1] - start, start - box[0])
-    size = slope.abs()
+        size, unit = _in_unit(slope.abs())
+        return (limit * unit * norm(size, dual(name))[:, None])[:, 0].to(g.dtype)
+    # no coordinate moves further than R
+    room = torch.where(slope > 0, box[1] - start, start - box[0]).minimum(limit)
+    size, steepest = _in_unit(torch.where(room > 0, slope.abs(), 0))
     if name == "Linf":
-        move = room.minimum(limit)
+        move = room
     elif name == "L2":
-        inside = torch.linalg.vector_norm(room, dim=1) <= limit[:, 0]
-        move = torch.where(inside[:, None], room, _shrink_l2(size, room, limit))
+        move, unit = _in_unit(room)
+        outside = torch.linalg.vector_norm(move, dim=1) > (limit / unit)[:, 0]
+        move[outside] = _shrink_l2(size[outside], move[outside], (limit / unit)[outside])
+        move = move * unit
     else:
         size, order = size.sort(dim=1, descending=True)
         room = room.gather(1, order)
         move = (limit - _exclusive_cumsum(room)).clamp(min=0).minimum(room)
-    return (size * move).sum(1)
+    return ((size * move).sum(1) * steepest[:, 0]).to(g.dtype)
+
+
+def _in_unit(size: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of numbers >= 0 in units of the largest, so that no square overflows or vanishes; and the unit, 1 for 0."""
+    largest = size.amax(1, keepdim=True)
+    unit = torch.where(largest > 0, largest, 1)
+    return size / unit, unit
 
 
 def operator_norm(matrix: Tensor, r: str, s: str) -> float:

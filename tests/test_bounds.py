@@ -252,7 +252,8 @@ def test_norms_of_maps_without_weights() -> None:
 
 @pytest.mark.parametrize(("layer", "low", "high"), [
     (nn.ReLU(), 0, 1), (nn.GELU(), -0.12904, 1.12904), (nn.SiLU(), -0.09984, 1.09984), (nn.Softplus(), 0, 1),
-    (nn.Softplus(beta=0.3), 0, 1), (nn.Sigmoid(), 0, 0.25), (nn.GELU("tanh"), -0.1290, 1.1290),
+    (nn.Softplus(beta=0.3), 0, 1), (nn.Softplus(beta=1e-6), 0, 1), (nn.Softplus(beta=1e-9), 0, 1),
+    (nn.Sigmoid(), 0, 0.25), (nn.GELU("tanh"), -0.1290, 1.1290),
 ])  # fmt: skip
 def test_slopes_of_activations(layer: nn.Module, low: float, high: float) -> None:
     net = from_module(nn.Sequential(nn.Flatten(), layer), (5,))
@@ -266,6 +267,28 @@ def test_slopes_of_activations(layer: nn.Module, low: float, high: float) -> Non
         least, largest = (float(side[0, 0]) for side in propagation.slopes(net, ranges)[0])
         assert least - 1e-12 <= float(slope.min()) <= least + 1e-3
         assert largest - 1e-3 <= float(slope.max()) <= largest + 1e-12
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Softplus(), nn.Softplus(beta=1e-6), nn.Sigmoid()], ids=str
+)
+@pytest.mark.parametrize("far", [1e3, 1e12, 1e20, 1e80, 1e160, 1e300])
+def test_activations_over_wide_ranges(layer: nn.Module, far: float) -> None:
+    """The lines lie around the curve, close to it at the ends and in the middle; derivatives are at their limits."""
+    net = from_module(nn.Sequential(nn.Flatten(), layer), (1,))
+    inside = torch.linspace(-60, 60, 2401, dtype=torch.float64)
+    for low, high in [(-far, far), (far / 2, far), (-far, -far / 2), (1.0, far), (-far, 1.0)]:
+        ends = [torch.full((1, 1), end, dtype=torch.float64) for end in (low, high)]
+        lines = propagation._bent_lines(layer, *ends)
+        x = torch.cat([torch.linspace(0, 1, 1001).double() * (high - low) + low, inside, 1e6 * inside]).clamp(low, high)
+        below, above = lines.lower * x + lines.lower_offset, lines.upper * x + lines.upper_offset
+        rounding = 1e-12 * (1 + x.abs() * (lines.lower.abs() + lines.upper.abs()))
+        assert (below <= layer(x) + rounding).all()
+        assert (layer(x) <= above + rounding).all()
+        assert float((above - below).max()) <= 1.2 * far
+        least, largest = (float(side) for side in propagation.slopes(net, [tuple(ends)])[0])
+        slope = propagation._derivative(layer, x)
+        assert least - 1e-12 <= float(slope.min()) <= float(slope.max()) <= largest + 1e-12
 
 
 def steepest(net: Net, name: str, pairs: list[tuple[int, int]], points: Tensor) -> Tensor:

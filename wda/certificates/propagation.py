@@ -34,6 +34,8 @@ Bounds = tuple[Tensor, Tensor]
 
 # how many numbers the widest value of a chunk of rows may hold: 4 MB, near the processor
 _CHUNK = 2**19
+# where an activation's derivative has its limit, and powers of the input do not yet overflow
+_FAR = 1e100
 
 
 def margins(net: Net, pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -192,8 +194,8 @@ def _apply(node: Node, x: Tensor) -> Tensor:
 
 
 def _derivative(call: Map, x: Tensor, order: int = 1) -> Tensor:
-    """A derivative of an elementwise map at each entry of x."""
-    x = x.detach().requires_grad_()
+    """A derivative of an elementwise map at each entry of x; at infinity its limit."""
+    x = x.detach().clamp(-_FAR, _FAR).requires_grad_()
     with torch.enable_grad():
         value = call(x)
         for _ in range(order):
@@ -246,8 +248,8 @@ def slopes(net: Net, ranges: Sequence[Bounds] | None = None) -> list[Bounds]:
     (-0.1289, 1.1289)
     """
     if ranges is None:
-        # the limits of the derivative are reached in double precision long before
-        ranges = [(net.like.new_full((1, units), -1e6), net.like.new_full((1, units), 1e6)) for units in net.units]
+        everywhere = (net.like.new_full((1, units), math.inf) for units in net.units)
+        ranges = [(-end, end) for end in everywhere]
     return [_slopes(node, low, high) for node, (low, high) in zip(net.activations, ranges, strict=True)]
 
 
@@ -577,7 +579,9 @@ def _touching(call: Map, slope: Tensor, low: Tensor, high: Tensor) -> Bounds:
     ends = [low, *(t.clamp(low, high) for t in _turning_points(call)[1].to(low)), high]
     left, right = torch.stack(ends[:-1]), torch.stack(ends[1:])
     rising = _derivative(call, right) > _derivative(call, left)
-    for _ in range(40):
+    # down to 2^-40, as the derivative may turn within a few units of a range however wide
+    widest = float((right - left).amax()) if left.numel() else 0.0
+    for _ in range(40 + max(0, math.frexp(widest)[1])):
         middle = (left + right) / 2
         go_right = (_derivative(call, middle) < slope) == rising
         left, right = torch.where(go_right, middle, left), torch.where(go_right, right, middle)

@@ -272,7 +272,7 @@ def test_slopes_of_activations(layer: nn.Module, low: float, high: float) -> Non
 @pytest.mark.parametrize(
     "layer", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Softplus(), nn.Softplus(beta=1e-6), nn.Sigmoid()], ids=str
 )
-@pytest.mark.parametrize("far", [1e3, 1e12, 1e20, 1e80, 1e160, 1e300])
+@pytest.mark.parametrize("far", [1e3, 1e12, 1e20, 1e160])
 def test_activations_over_wide_ranges(layer: nn.Module, far: float) -> None:
     """The lines lie around the curve, close to it at the ends and in the middle; derivatives are at their limits."""
     net = from_module(nn.Sequential(nn.Flatten(), layer), (1,))

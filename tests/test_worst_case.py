@@ -316,6 +316,17 @@ def degenerate(kind: str) -> nn.Sequential:
     return net
 
 
+@pytest.mark.parametrize("angle", [1e-6, 1e-7, 1e-10])
+@pytest.mark.parametrize("n", [3, 4])
+def test_nearly_parallel_hyperplanes_meet(n: int, angle: float) -> None:
+    """The determinant of their normals is the (n - 1)-th power of the angle."""
+    normals, meet = np.eye(n) * np.append(1.0, np.full(n - 1, angle)), np.array([0.0, 0.75, 0.5, 0.25])[:n]
+    normals[:, 0] = 1.0
+    net = one_hidden(normals.tolist(), (-normals @ meet).tolist(), np.ones((2, n)).tolist())
+    points = np.concatenate(list(vertices(from_module(net), np.zeros((1, n)), np.eye(n))), axis=1)
+    assert np.abs(points - meet).max(2).min() < 1e-15 / angle
+
+
 @pytest.mark.parametrize("norm", POLYHEDRAL)
 @pytest.mark.parametrize("box", [None, BOX])
 @pytest.mark.parametrize("kind", ["duplicates", "parallel", "zero rows", "zero", "one point", "no bias, flat head"])

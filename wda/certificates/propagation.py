@@ -307,11 +307,11 @@ def gradient(net: Net, norm_name: str, pairs: Sequence[tuple[int, int]], steep: 
             products = torch.stack([row * s.view(1, *node.shape) for row in (low, high) for s in slope])
             parts: list[Bounds] = [(products.amin(0), products.amax(0))]
         elif node.kind == "maxpool":
-            across, down = windows(net, i)
+            down, across = windows(net, i)
             parts = [
                 (
-                    torch.einsum("mcab,ah,bw->mchw", low.clamp(max=0), across, down),
-                    torch.einsum("mcab,ah,bw->mchw", high.clamp(min=0), across, down),
+                    torch.einsum("mcab,ah,bw->mchw", low.clamp(max=0), down, across),
+                    torch.einsum("mcab,ah,bw->mchw", high.clamp(min=0), down, across),
                 )
             ]
         else:

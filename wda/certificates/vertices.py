@@ -25,7 +25,7 @@ __all__ = ["Gauge", "gauge", "polygon", "rays", "vertices"]
 
 _MAX_POINTS = 100_000_000
 _CHUNK = 1 << 18  # points at once
-_SINGULAR = 1e-13  # determinants of unit normals below this are rounding
+_SINGULAR = 1e-13  # unit normals whose least singular value is below this are taken for dependent
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def vertices(net: Net, x: Array, kinks: Array, box: tuple[float, float] | None =
     for chosen in _subsets(free + h, n, max(1, _CHUNK // (count * len(x)))):
         chosen = chosen[chosen[:, 0] < free]  # kinks alone meet in the sample
         planes, at = normals[:, chosen].reshape(-1, n, n), levels[:, chosen].reshape(-1, n, len(x))
-        regular = np.abs(np.linalg.det(planes)) > _SINGULAR
-        points = np.linalg.solve(planes[regular], at[regular]).transpose(2, 0, 1)
+        regular = _regular(planes)
+        points: Array = np.linalg.solve(planes[regular], at[regular]).transpose(2, 0, 1)
         yield np.clip(points, *box) if box else points
 
 
@@ -179,6 +179,16 @@ def _arrangements(net: Net, box: tuple[float, float] | None) -> tuple[Array, Arr
     A = np.concatenate([A for A, _ in forms] or [np.zeros((1, 0, net.n))], axis=1)
     b = np.concatenate([b for _, b in forms] or [np.zeros((1, 0))], axis=1)
     return A, b
+
+
+def _regular(planes: Array) -> Mask:
+    """Which matrices (M, n, n) of unit rows are invertible, up to rounding."""
+    size = np.abs(np.linalg.det(planes))
+    # the squares of the singular values add up to n, so the product of all but one is at most the root of e
+    regular: Mask = size > 2 * _SINGULAR
+    doubtful = ~regular & (size > 0)
+    regular[doubtful] = np.linalg.svd(planes[doubtful], compute_uv=False)[:, -1] > _SINGULAR
+    return regular
 
 
 def _repeat(values: Array, count: int) -> Array:

@@ -518,6 +518,61 @@ def test_mass_escapes_far_enough_for_the_slack() -> None:
         previous = adv.distances().item()
 
 
+@pytest.mark.parametrize("box", [None, BOX])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("norm", POLYHEDRAL)
+def test_the_curve_and_its_distributions_know_no_units(norm: str, loss: str, box: tuple[float, float] | None) -> None:
+    """Inputs and eps times s, W_1 divided by s: the same V; for the margin, the last layer times c: V times c."""
+    x, y = random_sample(2, 2, 3)
+    curve = worst_case_curve(random_net(2, 2, (5,), 3), x, y, norm, loss, box)
+    for s, c in [(1, 1), (1e-9, 1), (1e-30, 1), (1e9, 1), *([(1, 1e-6), (1, 1e8)] if loss == "margin" else [])]:
+        net, sides = random_net(2, 2, (5,), 3), None if box is None else (s * box[0], s * box[1])
+        net[0].weight /= s
+        net[-1].weight *= c
+        net[-1].bias *= c
+        other = worst_case_curve(net, s * x, y, norm, loss, sides)
+        assert other.initial == pytest.approx(c / s * curve.initial, rel=1e-9)
+        start = curve(0.0)
+        for eps in (0.0, 1e-3, 0.3, 3.9):
+            value, threat = curve(eps), Threat(norm, s * eps, box=sides)
+            assert other(s * eps) == pytest.approx(c * value, rel=1e-12, abs=1e-12 * c)
+            risk = worst_case_distribution(net, s * x, y, threat, loss).risk(net, loss)
+            rounding = 1e-12 * max(1, abs(value))
+            assert -1e-6 * (value - start) - rounding <= risk / c - value <= rounding
+
+
+@pytest.mark.parametrize("s", [1.0, 1e-9])
+def test_a_sample_at_the_origin_has_the_units_of_the_cells(s: float) -> None:
+    """The margin is relu(x / s) - 2 relu(x / s - 1), from 0: the majorant goes to 1 at s."""
+    net = one_hidden([[1 / s], [1 / s]], [0, -1], [[0, 0], [1, -2]])
+    curve = worst_case_curve(net, point(0), torch.tensor([0]), "L1")
+    assert curve([0.25 * s, s, 3 * s]).tolist() == pytest.approx([0.25, 1, 1])
+    assert curve.initial == pytest.approx(1 / s)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("eps", [1e100, 1e200, 1e300])
+def test_mass_that_goes_as_far_as_numbers_reach(eps: float, norm: str) -> None:
+    net, (x, y) = random_net(0, 2, (5,), 2), random_sample(0, 2, 2)
+    threat = Threat(norm, eps, box=None)
+    if norm == "L2" and eps > 1e150:  # whose square is no float64
+        with pytest.raises(ValueError, match="float64"):
+            worst_case_distribution(net, x, y, threat)
+        return
+    adv = worst_case_distribution(net, x, y, threat)
+    assert adv.audit() <= eps
+    assert adv.risk(net, "margin") == pytest.approx(worst_case_risk(net, x, y, threat), rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_slope_of_nothing_has_no_direction_and_no_label(norm: str) -> None:
+    net, (x, y) = random_net(0, 2, (5,), 2), random_sample(0, 2, 2)
+    net[-1].weight.zero_()
+    slope = initial_slope(net, x, y, norm)
+    assert (slope.lower, slope.upper, slope.direction, slope.label) == (0.0, 0.0, None, None)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_images_and_float32(norm: str) -> None:
     """A convolutional network in float32 is computed in float64, and atoms have the shape of the inputs."""
@@ -589,7 +644,8 @@ def test_bad_arguments_are_named(change: dict[str, object], error: type[Exceptio
 def test_budgets_slack_norms_and_boxes_are_checked() -> None:
     net, (x, y) = random_net(0, 2, (4,), 2), random_sample(0, 2, 2)
     curve = worst_case_curve(net, x, y, "L1")
-    for eps in (-1.0, math.nan, math.inf, [0.1, -0.1]):
+    assert curve("8/255") == curve(8 / 255)
+    for eps in (-1.0, math.nan, math.inf, [0.1, -0.1], "-1/2", "inf", "eight"):
         with pytest.raises(ValueError, match="eps="):
             curve(eps)
     for slack in (0, 2, 1e-12):

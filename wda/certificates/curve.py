@@ -7,6 +7,7 @@ chain of segments of falling slope; the budget is spent on the steepest segments
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import overload
@@ -14,11 +15,12 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from wda.checks import number
 from wda.nets import Array
 
 __all__ = ["Curve", "Tail", "envelopes"]
 
-# a point this near to its sample, relative to the sample's size, is the sample with rounding
+# a point this near to its sample, relative to the size of all samples, is the sample with rounding
 _NEAR = 1e-9
 
 
@@ -81,17 +83,19 @@ class Curve:
         return float((self.values[1] - self.values[0]) / self.knots[1])
 
     @overload
-    def __call__(self, eps: float) -> float: ...
+    def __call__(self, eps: float | str) -> float: ...
     @overload
     def __call__(self, eps: ArrayLike) -> float | Array: ...
     def __call__(self, eps: ArrayLike) -> float | Array:
-        """V at one budget, or at an array of them.
+        """V at one budget, which may be a fraction such as "8/255", or at an array of them.
 
         Raises
         ------
         ValueError
-            A budget is negative, NaN or infinite.
+            A budget is negative, NaN or infinite, or no number.
         """
+        if isinstance(eps, str):
+            eps = number("eps", eps, 'a finite number >= 0, or a fraction such as "8/255",', 0, sys.float_info.max)
         budget = np.asarray(eps, dtype=np.float64)
         if not (np.isfinite(budget) & (budget >= 0)).all():
             raise ValueError(f"eps={eps!r}: finite numbers >= 0 are accepted")
@@ -130,10 +134,12 @@ def envelopes(
     """
     start, tail = loss(x[:, None]), ends.slope if ends else 0.0
     hulls = [(np.zeros(1), f, p[None]) for f, p in zip(start, x, strict=True)]
-    near = _NEAR * (1 + np.abs(x).max(1))
+    extent = np.abs(x).max()
     for points in chunks:
         distance, value = size(points - x[:, None]), loss(points)
-        useful = (distance > near[:, None]) & (value - tail * distance > start)
+        # samples at 0 have no size: there the usual distance takes its place
+        near = _NEAR * (extent if extent > 0 or not distance.size else np.median(distance))
+        useful = (distance > near) & (value - tail * distance > start)
         for i, keep in enumerate(useful):
             d, f, p = (
                 np.concatenate([old, new[i, keep]])

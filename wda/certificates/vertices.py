@@ -128,7 +128,7 @@ def vertices(net: Net, x: Array, kinks: Array, box: tuple[float, float] | None =
         chosen = chosen[chosen[:, 0] < free]  # kinks alone meet in the sample
         planes, at = normals[:, chosen].reshape(-1, n, n), levels[:, chosen].reshape(-1, n, len(x))
         regular = _regular(planes)
-        points: Array = np.linalg.solve(planes[regular], at[regular]).transpose(2, 0, 1)
+        points = np.asarray(np.linalg.solve(planes[regular], at[regular]), np.float64).transpose(2, 0, 1)
         yield np.clip(points, *box) if box else points
 
 

@@ -77,8 +77,8 @@ def worst_case_curve(
     Returns
     -------
     Curve
-        ``curve(eps)`` is V, ``curve.initial`` is :math:`\Lambda`, ``curve.tail`` is l (0 in a box). A vertex within
-        1e-9 of its sample, relatively, is taken for the sample.
+        ``curve(eps)`` is V, ``curve.initial`` is :math:`\Lambda`, ``curve.tail`` is l (0 in a box). A vertex nearer to
+        its sample than 1e-9 of the largest coordinate of x is taken for the sample.
 
     Raises
     ------
@@ -190,7 +190,7 @@ def worst_case_bracket(
 def worst_case_distribution(
     net: Net | nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: str = "margin", slack: float = 1e-6
 ) -> AdversarialDistribution:
-    r"""A distribution in the ball whose risk is the worst-case risk, up to `slack`.
+    r"""A distribution in the ball whose risk is the worst-case risk, up to a share `slack` of the gain.
 
     It has at most N + 1 atoms: each sample's mass is in one place, but for one sample whose mass is in two, neither of
     which need be the sample. Where V is had only in the limit, by ever less mass ever further away (the case of
@@ -201,7 +201,8 @@ def worst_case_distribution(
     net, x, y, threat, loss
         As for `worst_case_risk`. The budget is spent up to the share :math:`1-2^{-40}`, which lets the audit pass.
     slack : float
-        From 1e-7 to 1; relative to :math:`\max(1,|V|)`.
+        From 1e-7 to 1; relative to what the budget gains, :math:`V(\epsilon)-V(0)`. (For "L2" the error of the cone
+        program's solver comes on top, see `worst_case_risk`.)
 
     Returns
     -------
@@ -224,7 +225,7 @@ def worst_case_distribution(
     else:
         problem.require_margin("worst_case_bracket gives bounds")
         curve = problem.moves_to(problem.program().risk(threat.norm, problem.reach(threat.eps))[1])
-    slack *= max(1, abs(curve(threat.eps)))
+    slack *= curve(threat.eps) - curve(0.0)
     atoms = _spend(problem, curve, threat.eps * _INWARD, slack)
     anchor = x.detach().double()
     moved = np.stack([point for _, point, _ in atoms]) if atoms else np.empty((0, problem.net.n))
@@ -275,6 +276,8 @@ def initial_slope(
     if not problem.polyhedral:
         problem.require_margin("there is no exact route")
         value, direction, source = problem.program().slope(norm, problem.losses(problem.x[:, None])[:, 0])
+        if value == 0:
+            return Slope(0.0, 0.0, "perspective")
         return Slope(value, value, "perspective", direction, int(problem.y[source]))
     curve = problem.curve(gauge(norm, problem.net.n))
     if len(curve.points):
@@ -424,11 +427,18 @@ def _far(problem: _Problem, ends: Tail, point: Array, eps: float, slack: float) 
     """Where on a ray from `point` a budget `eps` gains its slope up to `slack`, and the mass that goes there."""
     count, origin, label = len(problem.x), problem.x[ends.source], problem.y[[ends.source]]
     # from the distance at which the whole sample would have to go, ever further and with ever less mass
-    targets = point + count * eps * 2.0 ** np.arange(50)[:, None] * ends.direction
-    further = problem.length(targets - origin) - problem.length(point - origin)
-    mass = np.minimum(1, count * eps / np.maximum(further, eps)) / count
-    value = _losses(problem.net, np.vstack([point, targets])[None], label, problem.loss)[0]
-    gain = mass * (value[1:] - value[0])
-    enough = gain >= ends.slope * eps - slack
-    best = int(enough.argmax()) if enough.any() else int(gain.argmax())
+    with np.errstate(over="ignore", invalid="ignore"):
+        targets = point + count * eps * 2.0 ** np.arange(50)[:, None] * ends.direction
+        targets = targets[np.isfinite(problem.length(targets))]
+        further = problem.length(targets - origin) - problem.length(point - origin)
+        mass = np.minimum(1, count * eps / np.maximum(further, eps)) / count
+        value = _losses(problem.net, np.vstack([point, targets])[None], label, problem.loss)[0]
+        gain = mass * (value[1:] - value[0])
+    known = np.isfinite(gain)
+    if not known.any():
+        raise ValueError(
+            f"eps={eps:.3g} to spend at infinity: the distances or losses of mass that goes so far exceed float64"
+        )
+    enough = known & (gain >= ends.slope * eps - slack)
+    best = int(enough.argmax()) if enough.any() else int(np.where(known, gain, -np.inf).argmax())
     return targets[best], float(mass[best])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -271,11 +272,17 @@ def test_an_interrupted_run_ends_quietly(tmp_path: Path) -> None:
     kernel = {"kernelspec": nbformat.read(NOTEBOOK, as_version=4).metadata.kernelspec}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "slow.ipynb")
     command = [sys.executable, "-m", "wda.cli", "run", tmp_path / "slow.ipynb", "-o", tmp_path / "out.ipynb"]
-    with subprocess.Popen([*command, "-p", "marker", started], stderr=subprocess.PIPE, text=True) as run:
-        while not started.exists() and run.poll() is None:
-            time.sleep(0.1)
-        run.send_signal(signal.SIGINT)
-        _, said = run.communicate(timeout=60)
+    command += ["-p", "marker", started]
+    # a shell's background jobs, and what they start, ignore the signal unless told otherwise
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as run:
+        try:
+            while not started.exists() and run.poll() is None:
+                time.sleep(0.1)
+            run.send_signal(signal.SIGINT)
+            _, said = run.communicate(timeout=60)
+        finally:
+            run.kill()
     assert run.returncode == 130
     assert "Traceback" not in said
     assert said.endswith(f"The notebook so far: {tmp_path / 'out.partial.ipynb'}\n")

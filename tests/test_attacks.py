@@ -395,6 +395,7 @@ def test_a_model_that_ignores_its_input_breaks_nothing(method: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()
     nn.init.zeros_(model[1].weight)
     nn.init.uniform_(model[1].bias)
+    y = model(x).argmax(1)
     adv = attack(method, model, x, y, Threat(eps=0.1))
     assert adv.audit() <= 0.1
     assert adv.counts.vanished == (1 if adv.counts.backward else 0)
@@ -562,14 +563,12 @@ BAD = [
     ("fgsm", {"y": Y > 0}, TypeError, "y: .*not torch.bool"),
     ("fgsm", {"y": [0, 1, 2, 0]}, TypeError, "y: .*not list"),
     ("fgsm", {"y": Y[:, None]}, ValueError, "y of shape .4, 1."),
-    ("fgsm", {"model": broken(math.nan), "y": Y % 2}, ValueError, r"model\(x\) has NaN .*row 2 of a batch of 4"),
-    ("fgsm", {"model": broken(math.inf), "y": Y % 2}, ValueError, r"model\(x\) has NaN or infinite"),
+    ("fgsm", {"model": lambda x: torch.nan * x[:, 0]}, ValueError, r"model\(x\) has NaN .* at every sample"),
+    ("fgsm", {"model": lambda x: x[:, 0] / 0}, ValueError, r"model\(x\) has NaN or infinite .* at every sample"),
     ("fgsm", {"model": lambda x: x[:, 0, :1]}, ValueError, r"model\(x\) is \(1, 1\) .*K >= 2"),
     ("fgsm", {"model": lambda x: x}, ValueError, r"model\(x\) is \(1, 2, 3\)"),
     ("fgsm", {"model": lambda x: x[:1, 0]}, ValueError, r"model\(x\) is \(1, 3\) for 4 samples"),
     ("fgsm", {"model": lambda x: None}, ValueError, r"model\(x\) is NoneType"),
-    ("fgsm", {"model": lambda x: Kinked.apply(x)[:, 0]}, ValueError, "gradient of the model .*NaN"),
-    ("wda", {"model": lambda x: Kinked.apply(x)[:, 0]}, ValueError, "gradient of the model .*NaN"),
     ("fgsm", {"model": "resnet"}, TypeError, "model='resnet'"),
     ("fgsm", {"threat": "Linf"}, TypeError, "threat='Linf'"),
     ("fgsm", {"kappa": 0.99}, ValueError, "kappa=0.99"),

@@ -5,9 +5,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from wda import attacks, data, losses, models, nets, norms
-from wda.attacks import attack
+from wda.attacks import Distances, attack, distances
+from wda.budget import allocate
 from wda.distribution import AdversarialDistribution
-from wda.errors import BudgetExceeded, DataUnavailable, NotPiecewiseAffine
+from wda.errors import BudgetExceeded, DataUnavailable, NotPiecewiseAffine, Untrustworthy
 from wda.threat import Threat
 
 if TYPE_CHECKING:
@@ -19,13 +20,17 @@ __all__ = [
     "AdversarialDistribution",
     "BudgetExceeded",
     "DataUnavailable",
+    "Distances",
     "NotPiecewiseAffine",
     "Threat",
+    "Untrustworthy",
+    "allocate",
     "attack",
     "attacks",
     "cells",
     "certificates",
     "data",
+    "distances",
     "losses",
     "models",
     "nets",

@@ -1,6 +1,6 @@
-"""Errors that have a name of their own; every other bad argument is a `ValueError` or a `TypeError`."""
+"""Errors and warnings that have a name of their own; every other bad argument is a `ValueError` or a `TypeError`."""
 
-__all__ = ["BudgetExceeded", "DataUnavailable", "NotPiecewiseAffine"]
+__all__ = ["BudgetExceeded", "DataUnavailable", "NotPiecewiseAffine", "Untrustworthy"]
 
 
 class BudgetExceeded(ValueError):
@@ -13,3 +13,7 @@ class DataUnavailable(FileNotFoundError):
 
 class NotPiecewiseAffine(ValueError):
     """A network has a layer that the method asked for cannot treat; the message names it."""
+
+
+class Untrustworthy(UserWarning):
+    """What an attack found says little about the model: it is random, or its gradients lead nowhere, or it fails."""

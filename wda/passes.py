@@ -1,6 +1,6 @@
 """The one place that calls the model: in batches, counted, checked, with progress shown.
 
-Attacks and distributions never call a model themselves. So every pass is counted, a NaN is named where it
+Attacks and distributions never call a model themselves. So every pass is counted, a NaN is contained where it
 appears, the model is put back as it came, and no attack has a loop over batches of its own.
 """
 
@@ -10,16 +10,20 @@ import itertools
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wda.losses import Loss
+from wda.checks import whole
+from wda.errors import Untrustworthy
+from wda.losses import margin
 
-__all__ = ["Counts", "Model", "Oracle", "batches", "check_labels", "check_sample"]
+__all__ = ["Counts", "Model", "Oracle", "batches", "check_labels", "check_sample", "inspected"]
 
 # A torch.nn.Module, or any other callable that maps inputs (N, ...) to logits (N, K).
 Model = Callable[[Tensor], Tensor]
@@ -37,7 +41,8 @@ class Counts:
     forward, backward : float
         Mean passes per sample; one backward pass is one gradient.
     vanished : float
-        The share of the gradients that were zero: where it is large, the attack was blind, not the model robust.
+        The share of the gradients that were zero at points still classified correctly: where it is large, the attack
+        was blind, not the model robust.
     seconds : float
         By the clock on the wall.
 
@@ -57,21 +62,29 @@ class Counts:
 
 
 class Oracle:
-    """A model behind counted passes.
+    """A model behind counted passes, in batches that fit into memory.
 
     Used as a context manager it puts the model in evaluation mode and, whatever happens, puts every module back
     in the mode it came in. Gradients are taken with respect to inputs only: those of the parameters stay as
-    they were.
+    they were. Any number of rows may be passed at once; where memory runs out the batches become smaller.
+
+    A row whose logits are NaN or infinite comes back as NaN, its gradients as 0. Every comparison of its margin is
+    then false, so no search takes such a point for a flip, or for a better one.
 
     Parameters
     ----------
     model : nn.Module or callable
         Maps ``(N, ...)`` to logits ``(N, K)``.
+    batch_size : int
+        The model gets at most so many rows at a time.
 
     Attributes
     ----------
-    forward, backward, vanished : int
-        Rows passed forward, gradients taken, and those of them that were zero, since the start.
+    forward, backward, vanished, invalid : int
+        Since the start: rows passed forward, gradients taken, those of them that were zero at points still classified
+        correctly, and rows whose logits or gradients were NaN or infinite.
+    batch_size : int
+        Halved whenever memory ran out.
 
     Examples
     --------
@@ -81,15 +94,17 @@ class Oracle:
     (torch.Size([4, 3]), 4)
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, batch_size: int = 256) -> None:
         if not callable(model):
             raise TypeError(
                 f"model={model!r}: a torch.nn.Module, or another callable that maps inputs to logits, is accepted"
             )
         self.model = model
+        self.batch_size = whole("batch_size", batch_size)
         self.forward = 0
         self.backward = 0
         self.vanished = 0
+        self.invalid = 0
         self._modes: list[tuple[nn.Module, bool]] = []
 
     def __enter__(self) -> Oracle:
@@ -124,11 +139,17 @@ class Oracle:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (N, K), without a graph."""
-        with torch.no_grad():
-            return self._call(x)
 
-    def gradient(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        def compute(rows: slice) -> tuple[Tensor]:
+            with torch.no_grad():
+                return (self._call(x[rows]),)
+
+        return self._batched(compute, len(x))[0]
+
+    def gradient(self, x: Tensor, y: Tensor, loss: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, K) and the gradient of each sample's loss, (N, ...): one forward and one backward pass.
+
+        What a loss takes after logits and labels, such as a target for each sample, is `given`, tensors of N rows.
 
         Examples
         --------
@@ -138,11 +159,15 @@ class Oracle:
         >>> gradient.shape, oracle.backward
         (torch.Size([4, 2]), 4)
         """
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = self._call(x)
-            total = loss(logits, y).sum()
-        return logits.detach(), self._gradient(total, x)
+
+        def compute(rows: slice) -> tuple[Tensor, ...]:
+            point = x[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._call(point)
+                total = loss(logits, y[rows], *(values[rows] for values in given)).sum()
+            return logits.detach(), self._gradient(total, point, margin(logits.detach(), y[rows]) < 0)
+
+        return self._batched(compute, len(x))  # type: ignore[return-value]
 
     def margin_gradients(self, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, K) and the gradients of z_j - z_y for the rivals j (N, m), as (N, m, ...).
@@ -156,13 +181,35 @@ class Oracle:
         >>> gradients.shape, oracle.backward
         (torch.Size([4, 2, 2]), 8)
         """
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = self._call(x)
-            gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).sum(0)
-        last = len(gaps) - 1
-        rows = [self._gradient(gap, x, retain_graph=j < last) for j, gap in enumerate(gaps)]
-        return logits.detach(), torch.stack(rows, dim=1)
+
+        def compute(rows: slice) -> tuple[Tensor, ...]:
+            point = x[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._call(point)
+                gaps = (logits.gather(1, rivals[rows]) - logits.gather(1, y[rows, None])).sum(0).unbind()
+            last, correct = len(gaps) - 1, margin(logits.detach(), y[rows]) < 0
+            gradients = [self._gradient(gap, point, correct, retain_graph=j < last) for j, gap in enumerate(gaps)]
+            return logits.detach(), torch.stack(gradients, dim=1)
+
+        return self._batched(compute, len(x))  # type: ignore[return-value]
+
+    def tracked(self, x: Tensor) -> Tensor:
+        """Logits (N, K) with their graph, for attacks of other packages: backward passes through them are counted.
+
+        Examples
+        --------
+        >>> oracle, x = Oracle(torch.nn.Linear(2, 3)), torch.rand(4, 2, requires_grad=True)
+        >>> oracle.tracked(x)[:, 0].sum().backward()
+        >>> oracle.forward, oracle.backward
+        (4, 4)
+        """
+        logits = self._call(x)
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        return logits
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backward += len(gradient)
 
     def classes(self, x: Tensor) -> int:
         """K, read off one sample.
@@ -187,12 +234,29 @@ class Oracle:
         vanished = self.vanished / self.backward if self.backward else 0.0
         return Counts(self.forward / n, self.backward / n, vanished, seconds)
 
+    def _batched(self, compute: Callable[[slice], tuple[Tensor, ...]], n: int) -> tuple[Tensor, ...]:
+        """What `compute` gives for slices that cover n rows, put together; where memory runs out they are halved."""
+        parts: list[tuple[Tensor, ...]] = []
+        first = 0
+        while first < n or not parts:
+            try:
+                parts.append(compute(slice(first, first + self.batch_size)))
+                first += self.batch_size
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or min(self.batch_size, n - first) <= 1:
+                    raise
+                self.batch_size = min(self.batch_size, n - first) // 2
+                _log.info("out of memory: batches of %d rows from here on", self.batch_size)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
     def _call(self, x: Tensor) -> Tensor:
         try:
             logits = self.model(x.clone())  # a model may change its input in place
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if _is_out_of_memory(error):
+                raise
             raise RuntimeError(
                 f"model(x) failed on x of shape {tuple(x.shape)}; images are (N, C, H, W): {error}"
             ) from error
@@ -202,15 +266,13 @@ class Oracle:
             raise ValueError(
                 f"model(x) is {shape} for {len(x)} samples: logits of shape ({len(x)}, K) with K >= 2 are accepted"
             )
-        if not logits.isfinite().all():
-            bad = int((~logits.isfinite()).any(1).nonzero()[0])
-            raise ValueError(
-                f"model(x) has NaN or infinite logits, first in row {bad} of a batch of {len(x)}: "
-                f"{logits[bad].tolist()}"
-            )
+        invalid = ~logits.isfinite().all(1)
+        if invalid.any():
+            self.invalid += int(invalid.sum())
+            logits = logits.masked_fill(invalid[:, None], torch.nan)
         return logits
 
-    def _gradient(self, total: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
+    def _gradient(self, total: Tensor, x: Tensor, correct: Tensor, retain_graph: bool = False) -> Tensor:
         self.backward += len(x)
         if not total.requires_grad:
             raise ValueError(
@@ -220,11 +282,71 @@ class Oracle:
         (g,) = torch.autograd.grad(total, x, retain_graph=retain_graph, allow_unused=True)
         if g is None:  # the logits depend on parameters, and on no input
             g = torch.zeros_like(x)
-        if not g.isfinite().all():
-            bad = int((~g.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"the gradient of the model at row {bad} of a batch of {len(x)} is NaN or infinite")
-        self.vanished += int((g.flatten(1) == 0).all(1).sum())
+        invalid = ~g.isfinite().flatten(1).all(1)
+        if invalid.any():
+            self.invalid += int(invalid.sum())
+            g = g.masked_fill(invalid.view(-1, *[1] * (g.ndim - 1)), 0)
+        self.vanished += int(((g.flatten(1) == 0).all(1) & correct).sum())
         return g
+
+
+@contextmanager
+def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
+    """Check labels and model before an attack, and warn after it where what was found cannot be trusted.
+
+    Raises
+    ------
+    ValueError
+        A label is not below the number of classes, or the logits are NaN or infinite at every sample.
+
+    Warns
+    -----
+    Untrustworthy
+        Two passes of one sample differ; some logits or gradients were NaN or infinite; or more than one gradient in
+        ten was zero at a point still classified correctly.
+
+    Examples
+    --------
+    >>> x, y = torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)
+    >>> with Oracle(torch.nn.Linear(2, 3)) as oracle, inspected(oracle, x, y):
+    ...     _ = oracle.logits(x)
+    """
+    once, again = oracle.logits(oracle.to_model(x[:1])), oracle.logits(oracle.to_model(x[:1]))
+    check_labels(y, once.shape[1])
+    if once.isnan().any() and oracle.logits(oracle.to_model(x)).isnan().any(1).all():
+        raise ValueError("model(x) has NaN or infinite logits at every sample")
+    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3 * float(once.abs().max()), equal_nan=True):
+        _warn(
+            "the model is random: two passes of one sample differ. Gradients of one draw say little about the next; "
+            "average over draws inside the model"
+        )
+    yield
+    if oracle.invalid:
+        bad = oracle.logits(oracle.to_model(x)).isnan().any(1).nonzero()[:, 0].tolist()
+        named = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+        where = f"at {len(bad)} of {len(x)} samples ({named}), which stay where they are" if bad else "at no sample"
+        _warn(
+            f"the model has NaN or infinite logits or gradients at {oracle.invalid} of the points tried, and logits "
+            f"{where}; no such point is taken"
+        )
+    if oracle.vanished > _VANISHED * oracle.backward:
+        share = 100 * oracle.vanished / oracle.backward
+        _warn(
+            f"{share:.0f} % of the gradients were zero at points still classified correctly: there the attack is "
+            "blind, and the model need not be robust. A loss of logits (margin) may help, or a gradient-free attack"
+        )
+
+
+_VANISHED = 0.1
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, Untrustworthy, stacklevel=5)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is CUDA's error or that of the CPU's allocator, which has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tensor:

@@ -1,8 +1,11 @@
 """Attacks: each finds, in a W_p ball around a sample, a distribution on which a model does badly.
 
 `attack` runs one by name. Each attack proper is a function of its own, in a file of its own: it takes an `Oracle`,
-a batch and a point-wise threat (a ball of radius ``threat.eps`` around each sample), and returns points. What all
-of them share happens here: checks, batches, the budget, counting.
+samples and a threat, and returns points. What all of them share happens here and in `wda.distances`: checks, batches,
+the budget, counting. There are four kinds. Most search a ball around each sample, one batch after the other; some do
+so with the whole sample before them, because what they learn from one image they use on the next; some move the whole
+sample at once within the W_p ball; and some look for the nearest error of each sample, whatever the budget, which is
+then spent where it pays.
 """
 
 from __future__ import annotations
@@ -17,19 +20,34 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from wda.attacks.autoattack import apgd_ce, apgd_dlr, autoattack
 from wda.attacks.deepfool import deepfool
+from wda.attacks.distances import METHODS, Distances, distances
 from wda.attacks.fgsm import fgsm
 from wda.attacks.pgd import pgd
 from wda.attacks.wda import wda
+from wda.attacks.wpgd import sensitivity, wfgsm, wpgd
 from wda.checks import choice, number, whole
 from wda.distribution import AdversarialDistribution
 from wda.norms import project, round_inward
-from wda.passes import Model, Oracle, batches, check_labels, check_sample
+from wda.passes import Model, Oracle, batches, check_sample, inspected
 from wda.threat import Threat
 
-__all__ = ["attack", "available", "check_kappa", "options"]
+__all__ = ["Distances", "attack", "available", "check_kappa", "distances", "options", "sensitivity"]
 
-_ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd, "deepfool": deepfool, "wda": wda}
+# In a ball around each sample: one batch after the other, or with the whole sample at once.
+_POINTWISE: dict[str, Callable[..., Tensor]] = {
+    "fgsm": fgsm,
+    "pgd": pgd,
+    "deepfool": deepfool,
+    "apgd-ce": apgd_ce,
+    "apgd-dlr": apgd_dlr,
+    "wda": wda,
+}
+_TOGETHER: dict[str, Callable[..., Tensor]] = {"autoattack": autoattack}
+# The whole sample at once, in the W_p ball.
+_BUDGETED: dict[str, Callable[..., Tensor]] = {"wfgsm": wfgsm, "wpgd": wpgd}
+_ATTACKS = {**_POINTWISE, **_TOGETHER, **_BUDGETED, **METHODS}
 
 # Attacks stay this much inside the ball, relatively, so that sums of float64 numbers can be audited with no tolerance.
 _INWARD = 1 - 2.0**-40
@@ -41,13 +59,13 @@ def available() -> tuple[str, ...]:
     Examples
     --------
     >>> available()
-    ('fgsm', 'pgd', 'deepfool', 'wda')
+    ('fgsm', 'pgd', 'deepfool', 'apgd-ce', 'apgd-dlr', 'wda', 'autoattack', 'wfgsm', 'wpgd', 'fab', 'wda++', 'closest')
     """
     return tuple(_ATTACKS)
 
 
 def options(name: str) -> dict[str, object]:
-    """The options of an attack and their defaults; `kappa`, `batch_size` and `progress` are common to all.
+    """The options of an attack and their defaults, beside those of `attack` itself.
 
     Raises
     ------
@@ -78,11 +96,15 @@ def attack(
 ) -> AdversarialDistribution:
     r"""Attack a model within a Wasserstein ball around a sample.
 
-    The attack called `name` finds one point within :math:`\kappa\varepsilon` of each sample, and a share
+    Most attacks find one point within :math:`\kappa\varepsilon` of each sample, and a share
     :math:`\kappa^{-p}` of the sample's mass moves there (eq. 10 of the first paper, whose share :math:`1/\kappa` is
     the case p = 1). The distribution lies in the ball:
     :math:`\frac1N\sum_i \kappa^{-p} d_i^p \le \kappa^{-p}(\kappa\varepsilon)^p = \varepsilon^p`.
     With ``kappa=1`` the attack is point-wise.
+
+    "wfgsm" and "wpgd" move the whole sample at once, within the ball. "closest", "wda++" and "fab" search the nearest
+    error of each sample (`distances`), and the budget is spent where it flips the most mass (`wda.allocate`); where
+    many budgets are wanted, call `distances` once.
 
     Parameters
     ----------
@@ -98,11 +120,12 @@ def attack(
         Labels from 0 to K-1.
     threat : Threat
     kappa : float
-        At least 1; greater than 1 only for a finite order.
+        At least 1; greater than 1 only for a finite order, and for attacks that search a ball.
     seed : int
         For attacks that draw random numbers. Each sample's numbers depend on the seed and on the sample itself:
         not on the batch size, nor on the order of the samples.
     batch_size : int
+        To begin with; halved where memory runs out.
     progress : bool or None
         Show a bar; by default on a terminal only, and elsewhere lines in the log "wda".
     **parameters
@@ -118,6 +141,11 @@ def attack(
     ValueError, TypeError
         A bad argument: the message names it, its value and what is accepted.
 
+    Warns
+    -----
+    Untrustworthy
+        The model is random, has NaN logits, or many of its gradients are zero.
+
     Examples
     --------
     >>> model = torch.nn.Linear(2, 2)
@@ -127,13 +155,31 @@ def attack(
     True
     """
     known = options(name)
+    takes_kappa = name in _POINTWISE or name in _TOGETHER
     for parameter in sorted(parameters.keys() - known.keys()):
-        accepted = ", ".join(["kappa", "seed", "batch_size", "progress", *known])
+        accepted = ", ".join([*["kappa"] * takes_kappa, "seed", "batch_size", "progress", *known])
         raise TypeError(f"{parameter}={parameters[parameter]!r}: attack {name!r} accepts {accepted}")
     if not isinstance(threat, Threat):
         raise TypeError(f"threat={threat!r}: a wda.Threat is accepted")
     kappa = check_kappa(kappa, threat.order)
+    if kappa > 1 and not takes_kappa:
+        raise ValueError(f"kappa={kappa!r}: attack {name!r} spends the budget in its own way, only 1 is accepted")
     seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
+    label = f"{name} κ={kappa:g} {threat}" if kappa > 1 else f"{name} {threat}"
+    if name in METHODS:
+        found = distances(
+            model,
+            x,
+            y,
+            threat.norm,
+            threat.box,
+            method=name,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+            **parameters,
+        )
+        return found.distribution(threat)
     y = check_sample(x, y, threat.box)
     weight = 1.0 if math.isinf(threat.order) else kappa**-threat.order
     if weight < sys.float_info.min * len(x):
@@ -141,21 +187,25 @@ def attack(
     if "seed" in inspect.signature(_ATTACKS[name]).parameters:
         parameters["seed"] = seed
 
-    start = time.monotonic()
     with warnings.catch_warnings():  # kappa may well bring the whole box within reach
         warnings.simplefilter("ignore")
-        ball = replace(threat, eps=kappa * threat.eps * _INWARD, order=math.inf)
-    label = f"{name} κ={kappa:g} {threat}" if kappa > 1 else f"{name} {threat}"
+        order = threat.order if name in _BUDGETED else math.inf
+        ball = replace(threat, eps=kappa * threat.eps * _INWARD, order=order)
+    start = time.monotonic()
     x_adv = x.detach().clone()
-    with Oracle(model) as oracle:
-        check_labels(y, oracle.classes(oracle.to_model(x[:1])))
-        for rows in batches(len(x), batch_size, label, progress):
+    with Oracle(model, batch_size) as oracle, inspected(oracle, x, y):
+        together = name not in _POINTWISE
+        for rows in batches(len(x), len(x) if together else batch_size, label, progress):
             clean = oracle.to_model(x[rows]).detach()
             points = _ATTACKS[name](oracle, clean, y[rows].to(clean.device), ball, **parameters)
-            points = project(points, clean, ball.eps, ball.norm, ball.box)
-            x_adv[rows] = round_inward(points, clean, ball.eps, ball.norm)
+            x_adv[rows] = (points if name in _BUDGETED else _into_ball(points, clean, ball)).to(x.device)
     counts = oracle.counts(len(x), time.monotonic() - start)
     return AdversarialDistribution.from_points(x.detach(), x_adv, y, threat, weight, counts)
+
+
+def _into_ball(points: Tensor, x: Tensor, ball: Threat) -> Tensor:
+    """The nearest points that lie in the ball around each sample, as rounded."""
+    return round_inward(project(points, x, ball.eps, ball.norm, ball.box), x, ball.eps, ball.norm)
 
 
 def check_kappa(kappa: float, order: float) -> float:

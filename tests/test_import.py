@@ -26,7 +26,7 @@ LAYERS = [
     {"data"},
     {"models", "_transport"},
     {"nets"},
-    {"distribution", "cells"},
+    {"distribution", "budget", "cells"},
     {"certificates"},
     {"attacks"},
     {"experiment", "figures"},

@@ -147,6 +147,38 @@ def test_a_rerun_gives_the_same_record_but_for_seconds(folder: Path, tmp_path: P
         assert new["accuracy"] == old["accuracy"]
 
 
+def test_settings_reach_the_attack_and_tell_records_apart(tmp_path: Path) -> None:
+    common = {"n": 20, "attacks": ["pgd", "wpgd", "closest"], "order": 2, "output": tmp_path}
+    experiment.run(**common)
+    experiment.run(**common, settings={"pgd": {"steps": 3}, "closest": {"steps": 5, "restarts": 1}})
+    results = experiment.read(tmp_path)
+    assert len(results) == 5, "the record of an attack that kept its defaults is replaced"
+    wide = experiment.table(results)
+    assert wide.columns.tolist() == ["clean", "pgd", "pgd steps=3", "wpgd", "closest", "closest steps=5 restarts=1"]
+    passes = experiment.costs(results).set_index("attack").backward
+    assert passes["pgd steps=3"] == 3
+    assert passes["closest steps=5 restarts=1"] <= 5 < passes["closest"]
+
+
+def test_a_model_with_nan_logits_has_a_record_without_a_risk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_broken.py").write_text(
+        "import torch, wda\n"
+        "class Broken(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.inner = wda.models.load('digits-mlp')\n"
+        "    def forward(self, x):\n"
+        "        return self.inner(x) + torch.where(x.mean((1, 2, 3)) > 0.3, torch.nan, 0.0)[:, None]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(wda.Untrustworthy, match="NaN or infinite logits"):
+        [record] = experiment.run(model="half_broken:Broken", attacks=["fgsm"], n=30, output=tmp_path / "out")
+    assert record["risk_ce"] is None
+    assert record["risk_ce_interval"] is None
+    assert 0 < record["clean_accuracy"] < 1
+    assert len(experiment.costs(experiment.frame([record]))) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -163,6 +195,11 @@ def test_a_rerun_gives_the_same_record_but_for_seconds(folder: Path, tmp_path: P
         ({"model": 3}, TypeError, "model=3"),
         ({"kappas": [1, 0.5]}, ValueError, "kappa=0.5"),
         ({"kappas": [2], "order": "inf"}, ValueError, r"kappas=\[2\] with order=inf: .* -p kappas \"\[1\]\""),
+        ({"attacks": ["fgsm", "wpgd"]}, ValueError, "order=1: 'wpgd' needs an order above 1"),
+        ({"settings": {"pgd": {"stepz": 3}}}, ValueError, r"settings\['pgd'\]='stepz': one of 'loss', 'steps'"),
+        ({"settings": {"a4": {}}}, ValueError, "settings='a4': one of 'fgsm', 'pgd'"),
+        ({"settings": {"pgd": 3}}, TypeError, "settings=.* -p settings"),
+        ({"settings": [1]}, TypeError, r"settings=\[1\]"),
         ({"eps": "8/0"}, ValueError, "eps='8/0'"),
         ({"norm": "L3"}, ValueError, "norm='L3'"),
         ({"dtype": "float128"}, ValueError, "dtype='float128'"),

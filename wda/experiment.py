@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +61,9 @@ def run(
     norm: str = "Linf",
     eps: float | str = 0.1,
     order: float | str = 1,
-    attacks: Sequence[str] = ("fgsm", "pgd", "deepfool", "wda"),
+    attacks: Sequence[str] = ("fgsm", "pgd", "deepfool", "wda", "wda++", "closest"),
     kappas: Sequence[float] = (1, 1.5, 2, 3, 4),
+    settings: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     n: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -83,6 +85,8 @@ def run(
         From `wda.attacks.available`.
     kappas : sequence of float
         Each at least 1; "wda" runs once for each of them, other attacks with kappa 1.
+    settings : mapping
+        Options of attacks, by their names, where they are not to have their defaults: ``{"pgd": {"steps": 100}}``.
     n : int, optional
         Only the first n samples; by default all.
     seed, batch_size : int
@@ -116,6 +120,7 @@ def run(
     """
     threat = Threat(norm, eps, order)
     cells = _cells(attacks, kappas, threat.order)
+    chosen = _settings(attacks, settings)
     seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
     precision = _DTYPES[choice("dtype", dtype, _DTYPES)]
     x, y = load_data(data, n=n)
@@ -130,8 +135,8 @@ def run(
     clean = AdversarialDistribution.from_points(x, x, y, threat).logits(net, batch_size)
     records = []
     for name, kappa in cells:
-        adv = attack(name, net, x, y, threat, kappa=kappa, seed=seed, batch_size=batch_size)
-        parameters = {**about, "attack": name, "kappa": kappa, "options": options(name)}
+        adv = attack(name, net, x, y, threat, kappa=kappa, seed=seed, batch_size=batch_size, **chosen[name])
+        parameters = {**about, "attack": name, "kappa": kappa, "options": {**options(name), **chosen[name]}}
         record = {"parameters": parameters, **_measure(adv, net, clean, batch_size), "provenance": provenance(device)}
         with write_atomically(Path(output) / _file_name(parameters)) as file:
             file.write(json.dumps(record, indent=1).encode())
@@ -150,10 +155,24 @@ def _cells(names: Sequence[str], kappas: Sequence[float], order: float) -> list[
     checked = [check_kappa(kappa, 1.0) for kappa in kappas]
     if "wda" in names and math.isinf(order) and checked != [1.0]:
         raise ValueError(f'kappas={kappas!r} with order=inf: [1] is accepted, in a shell -p kappas "[1]"')
+    if order == 1 and (joint := [name for name in names if name in ("wfgsm", "wpgd")]):
+        raise ValueError(f"attacks={names!r} with order=1: {joint[0]!r} needs an order above 1")
     for name, values in (("attacks", names), ("kappas", checked)):
         if len(set(values)) < len(values):
             raise ValueError(f"{name}={values!r}: each once is accepted")
     return [(name, kappa) for name in names for kappa in (checked if name == "wda" else [1.0])]
+
+
+def _settings(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options given for each attack; an error where there is no such attack or option among them."""
+    accepted = "in a shell -p settings \"{'pgd': {'steps': 100}}\""
+    if not isinstance(settings, Mapping) or not all(isinstance(given, Mapping) for given in settings.values()):
+        raise TypeError(f"settings={settings!r}: options by the names of attacks are accepted, {accepted}")
+    for name, given in settings.items():
+        choice("settings", name, names)
+        for option in given:
+            choice(f"settings[{name!r}]", option, options(name))
+    return {name: dict(settings.get(name, {})) for name in names}
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
@@ -186,7 +205,14 @@ def _file_name(p: Mapping[str, Any]) -> str:
     data, model = (_file_name_part(p[key], p[f"{key}_sha256"]) for key in ("data", "model"))
     ball = f"{p['norm']}_{p['eps']!r}_W{p['order'].removesuffix('.0')}"
     kappa = repr(p["kappa"]).removesuffix(".0")
-    return f"{data}_{model}_{ball}_{p['attack']}_k{kappa}_n{p['n']}_s{p['seed']}_{p['dtype']}.json"
+    method = re.sub(r"[^\w.+=-]+", "-", _method(p["attack"], p["options"]))
+    return f"{data}_{model}_{ball}_{method}_k{kappa}_n{p['n']}_s{p['seed']}_{p['dtype']}.json"
+
+
+def _method(name: str, chosen: Mapping[str, Any]) -> str:
+    """An attack and those of its options that are not the defaults."""
+    usual = options(name)
+    return " ".join([name, *(f"{key}={value}" for key, value in chosen.items() if value != usual.get(key))])
 
 
 def _file_name_part(name: str, sha256: str) -> str:
@@ -202,6 +228,12 @@ def _measure(adv: AdversarialDistribution, net: nn.Module, clean: Tensor, batch_
     accuracy, risk = adv.mean(correct), adv.mean(loss)
     per_sample = torch.zeros(n, dtype=torch.float64).index_add(0, adv.source, n * adv.mass * loss)
     error = _Z * float(per_sample.std(correction=0)) / math.sqrt(n)
+    # where a logit is NaN the loss has no mean, and JSON no word for it
+    risks = (
+        {"risk_ce": risk, "risk_ce_interval": [risk - error, risk + error]}
+        if math.isfinite(risk)
+        else {"risk_ce": None, "risk_ce_interval": None}
+    )
     was_correct = margin(clean, y) < 0
     clean_accuracy = was_correct.double().mean().item()
 
@@ -215,8 +247,7 @@ def _measure(adv: AdversarialDistribution, net: nn.Module, clean: Tensor, batch_
         "accuracy_interval": list(interval(accuracy, n)),
         "clean_accuracy": clean_accuracy,
         "clean_accuracy_interval": list(interval(clean_accuracy, n)),
-        "risk_ce": risk,
-        "risk_ce_interval": [risk - error, risk + error],
+        **risks,
         "transport_cost": adv.audit(),
         "passes": asdict(adv.counts),
         "samples": {
@@ -429,13 +460,16 @@ def _labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     order = results.order.str.removesuffix(".0")
     rows = results.assign(
         place=results.attack.map(position),
-        label=[f"wda κ={k}" if name == "wda" else name for name, k in zip(results.attack, kappas, strict=True)],
+        label=[
+            f"{_method(name, chosen)} κ={k}" if name == "wda" else _method(name, chosen)
+            for name, chosen, k in zip(results.attack, results.options, kappas, strict=True)
+        ],
         threat="W" + order + " " + results.norm + " " + results.eps.map(radius_text),
     )
     keys = [key for key in ("data", "n", "seed", "dtype") if rows[key].nunique() > 1] + ["model", "threat"]
     if (twice := rows.duplicated([*keys, "label"])).any():
         raise ValueError(f"two results are of {rows.loc[twice.idxmax(), [*keys, 'label']].to_dict()}")
-    return rows.sort_values(["place", "kappa"], kind="stable"), keys
+    return rows.sort_values(["place", "kappa", "label"], kind="stable"), keys
 
 
 def run_notebook(path: str | os.PathLike[str], out: str | os.PathLike[str], **parameters: Any) -> None:

@@ -22,7 +22,7 @@ export CHROMEDRIVER ?= $(shell command -v chromedriver)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments theory recession benchmarks models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory recession attacks benchmarks models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,7 +38,7 @@ lint: env  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-experiments: env  ## rerun the recorded experiments (2 minutes, and 5 more where WDA_DATA is set), then the README
+experiments: env  ## rerun the recorded experiments (5 minutes, and 5 more where WDA_DATA is set), then the README
 	@set -e; for model in digits-mlp digits-cnn digits-cnn-adv digits-gelu; do for ball in "Linf 0.1" "L2 0.5"; do \
 	  set -- $$ball; echo "$$model $$ball"; $(BIN)/wda run notebooks/attack.ipynb -o _build/experiments/$$model-$$1.ipynb \
 	    -p model $$model -p norm $$1 -p eps $$2 -p output data/results/digits; done; done
@@ -52,6 +52,9 @@ theory: env  ## check the certificates on 300 random networks and record it (4 m
 
 recession: env  ## bound the slope l of every network at hand and record it (3 minutes, and 12 more where WDA_DATA is set)
 	$(BIN)/python workflow/recession.py
+
+attacks: env  ## run every attack on the networks under WDA_DATA and record what is not yet recorded (hours)
+	$(BIN)/python workflow/attacks.py
 
 benchmarks: env  ## time the package against yardsticks in the same run
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done

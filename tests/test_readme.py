@@ -22,8 +22,9 @@ def test_table_is_that_of_the_records() -> None:
 
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    named, own, certificates = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    named, budgets, own, certificates = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(named, "README.md", "exec"), {})
+    exec(compile(budgets, "README.md", "exec"), {})
     assert (tmp_path / "adv.npz").is_file()
     names: dict[str, object] = {}
     exec(compile(own, "README.md", "exec"), names)

@@ -296,7 +296,7 @@ def test_the_sample_is_left_as_it_was_and_the_result_has_no_graph(method: str) -
         ("pgd", {"steps": 7, "random_start": False}, 9, 7),
         ("wda", {}, 1 + 20 + 10 * 3 + 1, 10 * 3 + 10),
         ("wda", {"steps": 5, "probe_steps": 2, "rivals": 2}, 1 + 5 + 2 * 2 + 1, 2 * 2 + 3),
-        ("wda", {"steps": 1, "probe_steps": 1, "rivals": 1}, 1 + 1 + 1 + 1, 1),
+        ("wda", {"steps": 1, "probe_steps": 1, "rivals": 1}, 1 + 1 + 1, 1),
         ("deepfool", {"steps": 1}, 1 + 1 + 1, 3),
         ("deepfool", {"steps": 1, "rivals": 2}, 1 + 1 + 1, 2),
     ],

@@ -34,11 +34,14 @@ class Best:
         self.y = y
         self.margin = margin(logits, y)
 
-    def update(self, points: Tensor, logits: Tensor) -> None:
-        """Keep those of `points` (N, ...) that have a larger margin than what is kept."""
-        new = margin(logits, self.y)
-        better = new > self.margin
-        self.points[better], self.margin[better] = points[better], new[better]
+    def update(self, points: Tensor, logits: Tensor, rows: Tensor | None = None) -> None:
+        """Keep those of `points` that have a larger margin than what is kept; of all samples, or of those at `rows`."""
+        if rows is None:
+            rows = torch.arange(len(points), device=points.device)
+        new = margin(logits, self.y[rows])
+        better = new > self.margin[rows]
+        kept = rows[better]
+        self.points[kept], self.margin[kept] = points[better], new[better]
 
 
 def step_lengths(steps: int, radius: float, step_size: float | None) -> list[float]:

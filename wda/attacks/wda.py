@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from wda.attacks.search import Best, free, step_lengths, top_rivals
-from wda.checks import choice, whole
+from wda.checks import choice, flag, whole
 from wda.norms import dual_maximiser, project
 from wda.passes import Oracle
 from wda.threat import Threat
@@ -27,6 +25,8 @@ def wda(
     step_size: float | None = None,
     rivals: int | None = None,
     rule: str = "margin",
+    halving: bool = False,
+    stop_at_flip: bool = False,
 ) -> Tensor:
     r"""Probe every rival, then pursue one (Algorithm 1 of the first paper, lines 5 to 14).
 
@@ -55,6 +55,11 @@ def wda(
         Probe only the classes with the largest logits at the sample; by default all K-1.
     rule : {"margin", "logit"}
         How line 11 compares proposals; "logit" is the paper's.
+    halving : bool
+        Drop the worse half of the rivals after each probing step, so that probing K-1 rivals costs about 2K gradients
+        in place of K-1 per step; a rival left alone is pursued at once.
+    stop_at_flip : bool
+        Leave a sample alone as soon as its label has flipped. The accuracy is the same, the margin smaller.
 
     Returns
     -------
@@ -70,42 +75,46 @@ def wda(
     lengths = step_lengths(whole("steps", steps), ball.eps, step_size)
     whole("probe_steps", probe_steps, 1, steps)
     choice("rule", rule, ("margin", "logit"))
+    flag("halving", halving), flag("stop_at_flip", stop_at_flip)
     logits = oracle.logits(x)
     best = Best(x, logits, y)
-    pursued = top_rivals(logits, y, rivals)
-    point = x
+    rows = torch.arange(len(x), device=x.device)
+    point, pursued = x, top_rivals(logits, y, rivals)
     for t, length in enumerate(lengths):
-        logits, gradients = oracle.margin_gradients(point, y, pursued)
-        best.update(point, logits)
-        proposals = (_proposal(point, gradients[:, j], length, x, ball) for j in range(pursued.shape[1]))
-        if t < probe_steps:
-            point, rival = _probe(oracle, proposals, y, pursued, rule, best)
-        else:
-            point = next(proposals)
+        if stop_at_flip:
+            onward = best.margin[rows] < 0
+            rows, point, pursued = rows[onward], point[onward], pursued[onward]
+        logits, gradients = oracle.margin_gradients(point, y[rows], pursued)
+        best.update(point, logits, rows)
+        proposals = _proposals(point, gradients, length, x[rows], ball)
+        point = proposals[:, 0]
+        if pursued.shape[1] > 1:
+            point, pursued = _probe(oracle, proposals, pursued, rule, best, rows)
         if t == probe_steps - 1:
-            pursued = rival[:, None]
-    best.update(point, oracle.logits(point))
+            pursued = pursued[:, :1]
+        elif halving:
+            pursued = pursued[:, : (pursued.shape[1] + 1) // 2]
+    best.update(point, oracle.logits(point), rows)
     return best.points
 
 
-def _proposal(point: Tensor, gradient: Tensor, length: float, x: Tensor, ball: Threat) -> Tensor:
-    """Line 10 of Algorithm 1: one rival's projected step."""
-    direction = dual_maximiser(free(gradient, point, ball.box), ball.norm)
-    return project(point + length * direction, x, ball.eps, ball.norm, ball.box)
+def _proposals(point: Tensor, gradients: Tensor, length: float, x: Tensor, ball: Threat) -> Tensor:
+    """Line 10 of Algorithm 1: the projected step of each rival, (N, m, ...)."""
+    directions = dual_maximiser(free(gradients, point[:, None], ball.box).flatten(0, 1), ball.norm)
+    ahead = point[:, None] + length * directions.view_as(gradients)
+    anchor = x[:, None].expand_as(ahead)
+    return project(ahead.flatten(0, 1), anchor.flatten(0, 1), ball.eps, ball.norm, ball.box).view_as(ahead)
 
 
 def _probe(
-    oracle: Oracle, proposals: Iterator[Tensor], y: Tensor, rivals: Tensor, rule: str, best: Best
+    oracle: Oracle, proposals: Tensor, rivals: Tensor, rule: str, best: Best, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Line 11: the proposal to follow, and its rival (N,). All that are evaluated are candidates for the best."""
-    value = torch.full(y.shape, -torch.inf, dtype=best.margin.dtype, device=y.device)
-    point, rival = best.points.clone(), rivals[:, 0].clone()
-    for j, proposal in enumerate(proposals):
-        logits = oracle.logits(proposal)
-        best.update(proposal, logits)
-        own = logits.gather(1, rivals[:, j : j + 1])[:, 0]
-        if rule == "margin":
-            own = own - logits.gather(1, y[:, None])[:, 0]
-        better = own > value
-        value[better], point[better], rival[better] = own[better], proposal[better], rivals[better, j]
-    return point, rival
+    """Line 11: the proposal to follow, and the rivals in the order of theirs. All proposals may be the best point."""
+    logits = oracle.logits(proposals.flatten(0, 1)).unflatten(0, rivals.shape)
+    for j in range(rivals.shape[1]):
+        best.update(proposals[:, j], logits[:, j], rows)
+    value = logits.gather(2, rivals[:, :, None])[:, :, 0]
+    if rule == "margin":
+        value = value - logits.gather(2, best.y[rows, None, None].expand(-1, rivals.shape[1], 1))[:, :, 0]
+    order = value.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
+    return proposals[torch.arange(len(rows), device=rows.device), order[:, 0]], rivals.gather(1, order)

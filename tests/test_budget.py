@@ -203,17 +203,16 @@ def test_a_tie_is_broken_by_the_order_of_the_samples() -> None:
     assert allocate(torch.full((4,), 2.0), ball(1.0)).tolist() == pytest.approx([1, 1, 0, 0])
 
 
-@pytest.mark.parametrize("count", [1, 40_000])
-@pytest.mark.parametrize("p", [1.0, 2.0])
-def test_rounding_errors_that_all_point_one_way_do_not_overspend(count: int, p: float) -> None:
+@pytest.mark.parametrize("count", [1, 100_000])
+def test_rounding_errors_that_all_point_one_way_do_not_overspend(count: int) -> None:
     """Equal distances: adding one number again and again rounds the same way again and again."""
-    for length in (0.1, 1 / 3, 0.7):
-        x = torch.zeros(count, 1, dtype=torch.float64)
-        d = torch.full((count,), length, dtype=torch.float64)
-        threat = ball(0.9 ** (1 / p) * length, p)
-        adv = AdversarialDistribution.from_points(x, x + length, torch.zeros(count).long(), threat, allocate(d, threat))
-        adv.audit()
-        assert float(adv.moved_mass.sum()) == pytest.approx(0.9, rel=1e-9)
+    length = 1 / 3
+    x = torch.zeros(count, 1, dtype=torch.float64)
+    d = torch.full((count,), length, dtype=torch.float64)
+    threat = ball(0.9 * length)
+    adv = AdversarialDistribution.from_points(x, x + length, torch.zeros(count).long(), threat, allocate(d, threat))
+    adv.audit()
+    assert float(adv.moved_mass.sum()) == pytest.approx(0.9, rel=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-3, 1.0, 1e150, 1e300])
@@ -398,6 +397,22 @@ def test_the_value_is_concave_in_the_budget(seed: int, p: float) -> None:
     worth = np.array([of_plan(spend(radii, values, ball(b ** (1 / p), p)), values) for b in budget])
     assert (np.diff(worth) >= -1e-12).all()
     assert (np.diff(worth, 2) <= 1e-9).all()
+
+
+def test_points_on_one_line_are_bought_in_their_order() -> None:
+    """Rounding must not sell a segment before the one that leads to it, nor trip over one of no width."""
+    generator = torch.Generator().manual_seed(0)
+    radii = torch.cat([torch.zeros(50, 1), torch.rand(50, 9, generator=generator).cumsum(1)], 1).double()
+    values = 0.3 * radii
+    for eps in (0.2, 0.9, 1.7, 3.0):
+        shares = spend(radii, values, ball(eps))
+        assert ((shares >= 0) & (shares <= 1)).all()
+        assert ((shares > 0).sum(1) == 2).sum() <= 1
+        assert of_plan(shares, values) == pytest.approx(min(0.3 * eps, float(values[:, -1].mean())), rel=1e-9)
+    nearly_twice = torch.tensor([[0, 1, 1 + 2.0**-52]], dtype=torch.float64)
+    shares = spend(torch.tensor([[0.0, 3.0, 3.0]]), nearly_twice, ball(1.0))
+    assert shares.sum() == 1
+    assert of_plan(shares, nearly_twice) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("p", [*ORDERS, 40.0, math.inf])

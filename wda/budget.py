@@ -212,8 +212,7 @@ def _cost(distance: Tensor, eps: float, p: float) -> Tensor:
 
 def _buy(cost: Tensor, budget: float) -> Tensor:
     """The share of each item that the budget pays for: whole items in the given order, then a part of one."""
-    # what costs more than the budget leaves nothing for the items after it, no matter how much more
-    before = torch.nn.functional.pad(cost[:-1].clamp(max=budget).cumsum(0), (1, 0))
+    before = torch.nn.functional.pad(cost[:-1].cumsum(0), (1, 0))
     return ((budget - before).clamp(min=0) / cost).clamp(max=1)
 
 

@@ -409,10 +409,10 @@ def test_points_on_one_line_are_bought_in_their_order() -> None:
         assert ((shares >= 0) & (shares <= 1)).all()
         assert ((shares > 0).sum(1) == 2).sum() <= 1
         assert of_plan(shares, values) == pytest.approx(min(0.3 * eps, float(values[:, -1].mean())), rel=1e-9)
-    nearly_twice = torch.tensor([[0, 1, 1 + 2.0**-52]], dtype=torch.float64)
-    shares = spend(torch.tensor([[0.0, 3.0, 3.0]]), nearly_twice, ball(1.0))
-    assert shares.sum() == 1
-    assert of_plan(shares, nearly_twice) == pytest.approx(1 / 3)
+    nearly_twice = torch.tensor([[0, 1.99, np.nextafter(1.99, 2)]], dtype=torch.float64)
+    for radius in torch.linspace(1.5, 2, 30, dtype=torch.float64):
+        shares = spend(radius * torch.tensor([[0.0, 1.0, 1.0]]), nearly_twice, ball(1.0))
+        assert of_plan(shares, nearly_twice) == pytest.approx(1.99 / float(radius))
 
 
 @pytest.mark.parametrize("p", [*ORDERS, 40.0, math.inf])

@@ -162,11 +162,25 @@ def project(
     tensor([[0., 1.]])
     """
     r = exponent(name)
-    anchor64 = anchor.flatten(1).double()
-    delta = points.flatten(1).double() - anchor64
+    target, center = points.flatten(1).double(), anchor.flatten(1).double()
     limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))[:, None]
     if not bool((limit >= 0).all()):
         raise ValueError(f"radius={radius}: numbers >= 0 are accepted")
+    if box is not None and bool(((center < box[0]) | (center > box[1])).any()):
+        raise ValueError(f"the anchor leaves box={box}: anchors within it are accepted")
+    if r == math.inf:  # a problem for each coordinate
+        nearest = target.clamp(center - limit, center + limit)
+    else:
+        nearest = _nearest_in_ball(target, center, limit, r, box)
+    # the box, for "Linf"; and rounding may have left it by one unit in the last place
+    return clamp(nearest.view_as(points).to(points.dtype), box)
+
+
+def _nearest_in_ball(
+    target: Tensor, center: Tensor, limit: Tensor, r: float, box: tuple[float, float] | None
+) -> Tensor:
+    """The projection onto balls of the 1- or the 2-norm, of radii (N, 1), within the box; rows of float64 numbers."""
+    delta = target - center
     # in units of about the longest coordinate, so that no square overflows or vanishes; a power of two rounds nothing
     longest = delta.abs().amax(1, keepdim=True)
     unit = torch.where(longest > 0, longest / (2 * torch.frexp(longest).mantissa), 1)
@@ -174,19 +188,12 @@ def project(
     if box is None:
         room = torch.full_like(length, math.inf)
     else:
-        if bool(((anchor64 < box[0]) | (anchor64 > box[1])).any()):
-            raise ValueError(f"the anchor leaves box={box}: anchors within it are accepted")
-        room = torch.where(delta > 0, box[1] - anchor64, anchor64 - box[0]) / unit
+        room = torch.where(delta > 0, box[1] - center, center - box[0]) / unit
     capped = length.minimum(room)
-    if r == math.inf:
-        capped = capped.minimum(limit)
-    else:
-        outside = torch.linalg.vector_norm(capped, r, dim=1) > limit[:, 0]
-        solve = _shrink_l2 if r == 2 else _shrink_l1
-        capped[outside] = solve(length[outside], room[outside], limit[outside])
-    result = (anchor64 + capped * unit * delta.sign()).view_as(points).to(points.dtype)
-    # adding the anchor rounds: it may leave the box by one unit in the last place
-    return clamp(result, box)
+    outside = torch.linalg.vector_norm(capped, r, dim=1) > limit[:, 0]
+    solve = _shrink_l2 if r == 2 else _shrink_l1
+    capped[outside] = solve(length[outside], room[outside], limit[outside])
+    return center + capped * unit * delta.sign()
 
 
 def clamp(points: Tensor, box: tuple[float, float] | None) -> Tensor:

@@ -585,7 +585,7 @@ BAD = [
     ("fgsm", {"batch_size": 0}, ValueError, "batch_size=0"),
     ("fgsm", {"batch_size": 2.5}, ValueError, "batch_size=2.5"),
     ("fgsm", {"batch_size": True}, ValueError, "batch_size=True"),
-    ("fgsm", {"steps": 5}, TypeError, "steps=5: attack 'fgsm' accepts kappa, seed, batch_size, progress, loss"),
+    ("fgsm", {"steps": 5}, TypeError, "steps=5: attack 'fgsm' accepts kappa, seed, batch_size, autocast, progress, loss"),
     ("wda", {"loss": "ce"}, TypeError, "loss='ce': attack 'wda' accepts"),
     ("wda", {"probe": 3}, TypeError, "probe=3: attack 'wda' accepts"),
     ("fgsm", {"loss": "hinge"}, ValueError, "loss='hinge'"),
@@ -628,7 +628,8 @@ def test_bad_input_is_named(
 
 
 def test_options_are_listed_with_their_defaults() -> None:
-    assert attacks.options("pgd") == {"loss": "ce", "steps": 20, "step_size": None, "random_start": True}
+    pgd = {"loss": "ce", "steps": 20, "step_size": None, "random_start": True, "stop_at_flip": False}
+    assert attacks.options("pgd") == pgd
     assert all("seed" not in attacks.options(method) for method in NAMES)
     with pytest.raises(ValueError, match="attack='nothing'"):
         attacks.options("nothing")

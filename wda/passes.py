@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wda.checks import whole
+from wda.checks import flag, whole
 from wda.errors import Untrustworthy
 from wda.losses import margin
 
@@ -77,6 +77,9 @@ class Oracle:
         Maps ``(N, ...)`` to logits ``(N, K)``.
     batch_size : int
         The model gets at most so many rows at a time.
+    autocast : bool
+        Take gradients in bfloat16 where torch does so by itself. The logits that come with them have its errors, but
+        for points that they misclassify: these are passed once more, so that no flip is one of bfloat16 alone.
 
     Attributes
     ----------
@@ -94,13 +97,14 @@ class Oracle:
     (torch.Size([4, 3]), 4)
     """
 
-    def __init__(self, model: Model, batch_size: int = 256) -> None:
+    def __init__(self, model: Model, batch_size: int = 256, autocast: bool = False) -> None:
         if not callable(model):
             raise TypeError(
                 f"model={model!r}: a torch.nn.Module, or another callable that maps inputs to logits, is accepted"
             )
         self.model = model
         self.batch_size = whole("batch_size", batch_size)
+        self.autocast = flag("autocast", autocast)
         self.forward = 0
         self.backward = 0
         self.vanished = 0
@@ -163,9 +167,10 @@ class Oracle:
         def compute(rows: slice) -> tuple[Tensor, ...]:
             point = x[rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = self._call(point)
+                logits = self._search(point)
                 total = loss(logits, y[rows], *(values[rows] for values in given)).sum()
-            return logits.detach(), self._gradient(total, point, margin(logits.detach(), y[rows]) < 0)
+            logits = self._verified(logits.detach(), point, y[rows])
+            return logits, self._gradient(total, point, margin(logits, y[rows]) < 0)
 
         return self._batched(compute, len(x))  # type: ignore[return-value]
 
@@ -185,11 +190,12 @@ class Oracle:
         def compute(rows: slice) -> tuple[Tensor, ...]:
             point = x[rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = self._call(point)
+                logits = self._search(point)
                 gaps = (logits.gather(1, rivals[rows]) - logits.gather(1, y[rows, None])).sum(0).unbind()
-            last, correct = len(gaps) - 1, margin(logits.detach(), y[rows]) < 0
+            logits = self._verified(logits.detach(), point, y[rows])
+            last, correct = len(gaps) - 1, margin(logits, y[rows]) < 0
             gradients = [self._gradient(gap, point, correct, retain_graph=j < last) for j, gap in enumerate(gaps)]
-            return logits.detach(), torch.stack(gradients, dim=1)
+            return logits, torch.stack(gradients, dim=1)
 
         return self._batched(compute, len(x))  # type: ignore[return-value]
 
@@ -250,6 +256,19 @@ class Oracle:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
         return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    def _search(self, x: Tensor) -> Tensor:
+        """Logits of a pass that a gradient follows, in the dtype of `x`."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            return self._call(x).to(x.dtype)
+
+    def _verified(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The logits, taken again in full precision where bfloat16 misclassifies."""
+        doubtful = (margin(logits, y) >= 0).nonzero()[:, 0]
+        if not self.autocast or not len(doubtful):
+            return logits
+        with torch.no_grad():
+            return logits.index_copy(0, doubtful, self._call(x[doubtful]))
 
     def _call(self, x: Tensor) -> Tensor:
         try:

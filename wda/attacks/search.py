@@ -24,7 +24,7 @@ class Best:
     --------
     >>> x, y = torch.zeros(2, 1), torch.tensor([0, 0])
     >>> best = Best(x, torch.tensor([[1.0, 0.0], [1.0, 0.0]]), y)
-    >>> best.update(x + 1, torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
+    >>> best.update(x + 1, torch.tensor([[0.0, 1.0], [2.0, 0.0]]), rows=torch.tensor([0, 1]))
     >>> best.points.flatten()
     tensor([1., 0.])
     """
@@ -34,10 +34,8 @@ class Best:
         self.y = y
         self.margin = margin(logits, y)
 
-    def update(self, points: Tensor, logits: Tensor, rows: Tensor | None = None) -> None:
-        """Keep those of `points` that have a larger margin than what is kept; of all samples, or of those at `rows`."""
-        if rows is None:
-            rows = torch.arange(len(points), device=points.device)
+    def update(self, points: Tensor, logits: Tensor, rows: Tensor) -> None:
+        """Keep those of `points`, one for each of the samples `rows`, that have a larger margin than what is kept."""
         new = margin(logits, self.y[rows])
         better = new > self.margin[rows]
         kept = rows[better]

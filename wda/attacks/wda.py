@@ -56,8 +56,8 @@ def wda(
     rule : {"margin", "logit"}
         How line 11 compares proposals; "logit" is the paper's.
     halving : bool
-        Drop the worse half of the rivals after each probing step, so that probing K-1 rivals costs about 2K gradients
-        in place of K-1 per step; a rival left alone is pursued at once.
+        Drop the half of the rivals with the worse proposals after each probing step, until one is left. Probing then
+        costs about 2K gradients, in place of K-1 in each of its steps.
     stop_at_flip : bool
         Leave a sample alone as soon as its label has flipped. The accuracy is the same, the margin smaller.
 
@@ -84,6 +84,8 @@ def wda(
         if stop_at_flip:
             onward = best.margin[rows] < 0
             rows, point, pursued = rows[onward], point[onward], pursued[onward]
+            if not len(rows):
+                return best.points
         logits, gradients = oracle.margin_gradients(point, y[rows], pursued)
         best.update(point, logits, rows)
         proposals = _proposals(point, gradients, length, x[rows], ball)

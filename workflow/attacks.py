@@ -1,7 +1,8 @@
 """Every attack on networks under WDA_DATA, within the same balls: accuracies, passes and seconds, recorded.
 
     python workflow/attacks.py                              # all networks
-    python workflow/attacks.py mnist_trades_smallcnn        # these only
+    python workflow/attacks.py mnist_trades_smallcnn        # this one only
+    python workflow/attacks.py --attacks pgd closest        # these attacks only
 
 One record for each network and norm is written to data/results/attacks. Attacks that search the nearest errors run
 once, for all budgets; the others once for each ball. Every distribution is audited and evaluated afresh. A row that is
@@ -95,14 +96,16 @@ CASES = [
 ]
 
 
-def rows(case: Case, model: torch.nn.Module, x: Tensor, y: Tensor, done: list[dict[str, Any]]) -> Iterator[list[Any]]:
-    """The rows of each run in turn, but for runs that are done."""
+def rows(
+    case: Case, model: torch.nn.Module, x: Tensor, y: Tensor, done: list[dict[str, Any]], only: list[str] | None
+) -> Iterator[list[Any]]:
+    """The rows of each run in turn, but for runs that are done, or not among those asked for."""
     known = {(row["attack"], json.dumps(row["options"])) for row in done}
     for name, options, orders in case.runs or RUNS:
         if (name, json.dumps(options)) in known or (name == "wda++" and options and case.norm != "Linf"):
             continue  # the papers' steps of WDA++ are for Linf
         threats = case.threats(*orders)
-        if not threats:
+        if not threats or (only and name not in only):
             continue
         print(f"{case.name}: {name} {options or ''}", flush=True)
         if name == "grid":
@@ -168,15 +171,16 @@ def main() -> None:
     """Run what is not yet in the records."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="networks; by default all")
-    names = parser.parse_args().names
+    parser.add_argument("--attacks", nargs="+", help="these only; by default all")
+    given = parser.parse_args()
     for case in CASES:
-        if names and case.model not in names:
+        if given.names and case.model not in given.names:
             continue
         model = wda.models.load(case.model)
         x, y = wda.data.load(case.data, n=case.n)
         path = FOLDER / f"{case.name}.json"
         done = json.loads(path.read_text())["rows"] if path.exists() else []
-        for new in rows(case, model, x, y, done):
+        for new in rows(case, model, x, y, done, given.attacks):
             done += new
             record = {"model": case.model, "data": case.data, "n": case.n, "norm": case.norm, "rows": done}
             with write_atomically(path) as file:

@@ -21,7 +21,7 @@ from wda.errors import BudgetExceeded
 from wda.files import write_atomically
 from wda.losses import get, margin
 from wda.norms import norm
-from wda.passes import Counts, Model, Oracle, batches, check_labels, check_sample
+from wda.passes import Counts, Model, Oracle, batches, check_labels, check_sample, distrust
 from wda.threat import Threat
 
 __all__ = ["AdversarialDistribution"]
@@ -203,6 +203,11 @@ class AdversarialDistribution:
     def logits(self, model: Model, batch_size: int = 256) -> Tensor:
         """The model's logits at the M atoms, (M, K), on the CPU.
 
+        Warns
+        -----
+        Untrustworthy
+            Some are NaN or infinite: a row of NaN, which counts as misclassified.
+
         Examples
         --------
         >>> x, y = torch.zeros(2, 1), torch.tensor([0, 1])
@@ -215,6 +220,12 @@ class AdversarialDistribution:
         with Oracle(model) as oracle:
             logits = torch.cat([oracle.logits(oracle.to_model(points[batch])).cpu() for batch in rows])
         check_labels(self.labels, logits.shape[1])
+        broken = self.source.cpu()[logits.isnan().any(1)]
+        if len(broken):
+            distrust(
+                f"the model has NaN or infinite logits at {len(broken)} of {len(logits)} atoms, the first from sample "
+                f"{int(broken[0])}: they count as misclassified"
+            )
         return logits
 
     def mean(self, values: Tensor) -> float:

@@ -6,14 +6,18 @@ appears, the model is put back as it came, and no attack has a loop over batches
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import logging
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +27,7 @@ from wda.checks import flag, whole
 from wda.errors import Untrustworthy
 from wda.losses import margin
 
-__all__ = ["Counts", "Model", "Oracle", "batches", "check_labels", "check_sample", "inspected"]
+__all__ = ["Counts", "Model", "Oracle", "batches", "check_labels", "check_sample", "distrust", "inspected"]
 
 # A torch.nn.Module, or any other callable that maps inputs (N, ...) to logits (N, K).
 Model = Callable[[Tensor], Tensor]
@@ -68,8 +72,8 @@ class Oracle:
     in the mode it came in. Gradients are taken with respect to inputs only: those of the parameters stay as
     they were. Any number of rows may be passed at once; where memory runs out the batches become smaller.
 
-    A row whose logits are NaN or infinite comes back as NaN, its gradients as 0. Every comparison of its margin is
-    then false, so no search takes such a point for a flip, or for a better one.
+    Logits come back in the dtype of the input. A row of them that is NaN or infinite comes back as NaN, its gradients
+    as 0. Every comparison of its margin is then false, so no search takes such a point for a flip, or for a better one.
 
     Parameters
     ----------
@@ -258,9 +262,9 @@ class Oracle:
         return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def _search(self, x: Tensor) -> Tensor:
-        """Logits of a pass that a gradient follows, in the dtype of `x`."""
+        """Logits of a pass that a gradient follows."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            return self._call(x).to(x.dtype)
+            return self._call(x)
 
     def _verified(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The logits, taken again in full precision where bfloat16 misclassifies."""
@@ -285,6 +289,7 @@ class Oracle:
             raise ValueError(
                 f"model(x) is {shape} for {len(x)} samples: logits of shape ({len(x)}, K) with K >= 2 are accepted"
             )
+        logits = logits.to(x.dtype)
         invalid = ~logits.isfinite().all(1)
         if invalid.any():
             self.invalid += int(invalid.sum())
@@ -335,7 +340,7 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
     if once.isnan().any() and oracle.logits(oracle.to_model(x)).isnan().any(1).all():
         raise ValueError("model(x) has NaN or infinite logits at every sample")
     if not torch.allclose(once, again, rtol=1e-3, atol=1e-3 * float(once.abs().max()), equal_nan=True):
-        _warn(
+        distrust(
             "the model is random: two passes of one sample differ. Gradients of one draw say little about the next; "
             "average over draws inside the model"
         )
@@ -344,13 +349,13 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
         bad = oracle.logits(oracle.to_model(x)).isnan().any(1).nonzero()[:, 0].tolist()
         named = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         where = f"at {len(bad)} of {len(x)} samples ({named}), which stay where they are" if bad else "at no sample"
-        _warn(
+        distrust(
             f"the model has NaN or infinite logits or gradients at {oracle.invalid} of the points tried, and logits "
-            f"{where}; no such point is taken"
+            f"{where}; a search takes no such point for a flip"
         )
     if oracle.vanished > _VANISHED * oracle.backward:
         share = 100 * oracle.vanished / oracle.backward
-        _warn(
+        distrust(
             f"{share:.0f} % of the gradients were zero at points still classified correctly: there the attack is "
             "blind, and the model need not be robust. A loss of logits (margin) may help, or a gradient-free attack"
         )
@@ -359,8 +364,22 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
 _VANISHED = 0.1
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, Untrustworthy, stacklevel=5)
+def distrust(message: str) -> None:
+    """Warn, at the line that called this package, that a result says little about the model.
+
+    Examples
+    --------
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     distrust("the model is random")
+    >>> caught[0].category.__name__
+    'Untrustworthy'
+    """
+    inside = f"{Path(__file__).parent}{os.sep}", contextlib.__file__
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_back and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, Untrustworthy, stacklevel=level)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

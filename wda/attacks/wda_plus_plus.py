@@ -13,8 +13,9 @@ from wda.passes import Oracle
 
 __all__ = ["wda_plus_plus"]
 
-# The default step: this share of the distance at which the model, linearised at the sample, changes its label.
-_SHARE = 0.25
+# The default step: this share of the distance at which the model, linearised at the sample, changes its label. With 1/4
+# the fourth step would end on the boundary of a model that is affine so far, and rounding decide whether to bisect it.
+_SHARE = 0.26
 
 
 def wda_plus_plus(
@@ -49,7 +50,7 @@ def wda_plus_plus(
     steps : int
         At most so many.
     step_size : float, optional
-        The constant :math:`\alpha`, for all samples. By default each sample has its own: a quarter of the distance
+        The constant :math:`\alpha`, for all samples. By default each sample has its own: 0.26 of the distance
         :math:`\min_j |z_j - z_y| / \|\nabla(z_j - z_y)\|_s` to the nearest boundary of the model linearised there.
     rivals : int, optional
         March only towards the classes with the largest logits at the sample; by default all K-1.

@@ -117,6 +117,8 @@ def _apgd(
     points, value = x.clone(), margin(logits, y)
     for restart in range(restarts):
         standing = (value < 0).nonzero()[:, 0]
+        if not len(standing):
+            break
         clean, labels = x[standing], y[standing]
         start, inner = uniform_start(clean, ball, (seed + restart) % 2**64), adapter.inside(clean)
         for factor, length in _stages(ball.norm, steps):
@@ -296,6 +298,7 @@ def fab(
 
     Each step projects the iterate and the sample onto the nearest boundary of the model linearised at the iterate,
     within the box, and goes a little beyond a mean of the two; behind the boundary it turns back towards the sample.
+    Its overshoot leaves it half a per cent too far even where the boundary is flat. No random numbers are drawn.
 
     Parameters
     ----------
@@ -334,6 +337,8 @@ def fab(
     adapter = _Adapter(oracle, x, box, logits.shape[1])
     attack = _fab(adapter, norm=norm, n_iter=steps)
     rows = (margin(logits, y) < 0).nonzero()[:, 0]
+    if not len(rows):
+        return x
     clean, labels, inner = x[rows], y[rows], adapter.inside(x[rows])
     nearest = torch.full(labels.shape, torch.inf, dtype=torch.float64, device=x.device)
     points = x.clone()

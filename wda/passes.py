@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ __all__ = ["Counts", "Model", "Oracle", "batches", "check_labels", "check_sample
 
 # A torch.nn.Module, or any other callable that maps inputs (N, ...) to logits (N, K).
 Model = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
 
 _log = logging.getLogger("wda")
 _SECONDS_BETWEEN_LOG_LINES = 10.0
@@ -244,21 +246,35 @@ class Oracle:
         vanished = self.vanished / self.backward if self.backward else 0.0
         return Counts(self.forward / n, self.backward / n, vanished, seconds)
 
-    def _batched(self, compute: Callable[[slice], tuple[Tensor, ...]], n: int) -> tuple[Tensor, ...]:
-        """What `compute` gives for slices that cover n rows, put together; where memory runs out they are halved."""
-        parts: list[tuple[Tensor, ...]] = []
-        first = 0
-        while first < n or not parts:
+    def in_batches(self, work: Callable[[slice], Result], rows: slice) -> list[Result]:
+        """What `work` gives for batches that cover the rows from `rows.start` to `rows.stop`.
+
+        Where memory runs out it is given half as many rows, from there on.
+
+        Examples
+        --------
+        >>> Oracle(torch.nn.Linear(2, 3), batch_size=2).in_batches(lambda rows: (rows.start, rows.stop), slice(5, 10))
+        [(5, 7), (7, 9), (9, 10)]
+        """
+        results: list[Result] = []
+        first = rows.start
+        while first < rows.stop:
+            size = min(self.batch_size, rows.stop - first)
             try:
-                parts.append(compute(slice(first, first + self.batch_size)))
-                first += self.batch_size
+                results.append(work(slice(first, first + size)))
+                first += size
             except RuntimeError as error:
-                if not _is_out_of_memory(error) or min(self.batch_size, n - first) <= 1:
+                if not _is_out_of_memory(error) or size == 1:
                     raise
-                self.batch_size = min(self.batch_size, n - first) // 2
+                self.batch_size = size // 2
                 _log.info("out of memory: batches of %d rows from here on", self.batch_size)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
+        return results
+
+    def _batched(self, compute: Callable[[slice], tuple[Tensor, ...]], n: int) -> tuple[Tensor, ...]:
+        """What `compute` gives for batches that cover n rows, put together."""
+        parts = self.in_batches(compute, slice(0, n)) if n else [compute(slice(0, 0))]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def _search(self, x: Tensor) -> Tensor:

@@ -199,11 +199,18 @@ def attack(
     start = time.monotonic()
     x_adv = x.detach().clone()
     with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y):
-        together = name not in _POINTWISE
-        for rows in batches(len(x), len(x) if together else batch_size, label, progress):
+
+        def move(rows: slice) -> None:
             clean = oracle.to_model(x[rows]).detach()
             points = _ATTACKS[name](oracle, clean, y[rows].to(clean.device), ball, **parameters)
             x_adv[rows] = (points if name in _BUDGETED else _into_ball(points, clean, ball)).to(x.device)
+
+        if name in _POINTWISE:
+            for rows in batches(len(x), batch_size, label, progress):
+                oracle.in_batches(move, rows)
+        else:
+            for rows in batches(len(x), len(x), label, progress):
+                move(rows)
     counts = oracle.counts(len(x), time.monotonic() - start)
     return AdversarialDistribution.from_points(x.detach(), x_adv, y, threat, weight, counts)
 

@@ -175,13 +175,17 @@ def distances(
     x_adv, gap = x.detach().clone(), torch.empty(len(x), dtype=torch.float64, device=x.device)
     rival = torch.full_like(y, -1)
     with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y):
-        for rows in batches(len(x), batch_size, f"{method} {norm}", progress):
+
+        def measure(rows: slice) -> None:
             clean = oracle.to_model(x[rows]).detach()
             labels = y[rows].to(clean.device)
             points = clamp(search(oracle, clean, labels, norm, box, **parameters), box)
             points, wrong, winner = _verified(oracle, clean, points, labels, box)
             x_adv[rows], rival[rows] = points.to(x.device), winner.to(x.device)
             gap[rows] = lengths(points.double() - clean.double(), norm).masked_fill(~wrong, math.inf).to(x.device)
+
+        for rows in batches(len(x), batch_size, f"{method} {norm}", progress):
+            oracle.in_batches(measure, rows)
     counts = oracle.counts(len(x), time.monotonic() - start)
     return Distances(x.detach(), y.to(x.device), norm, box, gap, x_adv, rival, counts)
 

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from wda.passes import Oracle
 from wda.threat import Threat
 
 __all__ = ["apgd_ce", "apgd_dlr", "autoattack", "fab"]
+
+Perturb = Callable[[Tensor, Tensor], Tensor]
 
 _log = logging.getLogger("wda")
 _SILENT = logging.Logger("pyautoattack", logging.CRITICAL + 1)
@@ -209,22 +212,25 @@ def autoattack(
         warnings.warn(
             f"autoattack: with K={classes} classes there is no targeted difference of logits ratio; "
             f"the attacks are {', '.join(members)}, and apgd-t ascends the difference of two logits",
-            stacklevel=3,
+            stacklevel=4,
         )
     points, standing = x.clone(), (margin(logits, y) < 0).nonzero()[:, 0]
+
+    def flip(perturb: Perturb, candidates: Tensor, batch: slice) -> Tensor:
+        rows = candidates[batch]
+        inner = adapter.inside(x[rows])
+        with _random_state_kept(), torch.no_grad():
+            found = adapter.points(x[rows], inner, perturb(inner, y[rows]))
+        found = project(found, x[rows], ball.eps, ball.norm, ball.box)
+        flipped = margin(oracle.logits(found), y[rows]) >= 0
+        points[rows[flipped]] = found[flipped]
+        return rows[~flipped]
+
     for name in members:
         if not len(standing):
             break
-        perturb, kept = _member(name, version, adapter, ball, seed), []
-        for rows in standing.split(oracle.batch_size):
-            clean = adapter.inside(x[rows])
-            with _random_state_kept(), torch.no_grad():
-                found = adapter.points(x[rows], clean, perturb(clean, y[rows]))
-            found = project(found, x[rows], ball.eps, ball.norm, ball.box)
-            flipped = margin(oracle.logits(found), y[rows]) >= 0
-            points[rows[flipped]] = found[flipped]
-            kept.append(rows[~flipped])
-        before, standing = len(standing), torch.cat(kept)
+        before, member = len(standing), _member(name, version, adapter, ball, seed)
+        standing = torch.cat(oracle.in_batches(partial(flip, member, standing), slice(0, before)))
         _log.info("autoattack: %d of %d samples stand after %s", len(standing), len(x), name)
         if name == "square":
             _compare(before - len(standing), before)
@@ -238,50 +244,47 @@ def _compare(flipped: int, before: int) -> None:
             f"the Square Attack, which takes no gradient, flipped {flipped} of the {before} samples that every "
             "gradient left standing: the gradients of this model mislead, and its accuracy cannot be trusted",
             Untrustworthy,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-def _member(name: str, version: str, adapter: _Adapter, ball: Threat, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _member(name: str, version: str, adapter: _Adapter, ball: Threat, seed: int) -> Perturb:
     """One attack of the ensemble, set as in the package's version."""
-    package = _package()
+    apgd = _package().autopgd_base
     sparse = ball.norm == "L1" and version == "standard"
     many = 5 if sparse or version == "plus" else 1
-    common = {"norm": ball.norm, "eps": adapter.length(ball.eps), "seed": seed}
+    common: dict[str, Any] = {"norm": ball.norm, "eps": adapter.length(ball.eps), "seed": seed}
     if name == "square":
-        square = package.square.SquareAttack(adapter.predict, **common, resc_schedule=False)
-        return lambda x, y: _as_images(square, x, y)
+        return partial(_square, adapter, common)
     if name.startswith("fab"):
         targeted = name == "fab-t"
         attack = _fab(adapter, **common, targeted=targeted, n_restarts=1 if targeted else many)
         attack.n_target_classes = min(_TARGETS, adapter.classes - 1)
     elif name == "apgd-t":
-        attack = package.autopgd_base.APGDAttack_targeted(
-            adapter, **common, use_largereps=sparse, is_tf_model=True, logger=_SILENT
-        )
+        attack = apgd.APGDAttack_targeted(adapter, **common, use_largereps=sparse, is_tf_model=True, logger=_SILENT)
         attack.n_target_classes = min(5 if sparse else _TARGETS, adapter.classes - 1)
     else:
-        attack = package.autopgd_base.APGDAttack(
+        attack = apgd.APGDAttack(
             adapter, **common, n_restarts=many, use_largereps=sparse, is_tf_model=True, logger=_SILENT
         )
         attack.loss = name.removeprefix("apgd-")
-    perturb: Callable[[Tensor, Tensor], Tensor] = attack.perturb
+    perturb: Perturb = attack.perturb
     return perturb
 
 
-def _as_images(square: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Run the Square Attack on inputs of any shape."""
+def _square(adapter: _Adapter, settings: dict[str, Any], x: Tensor, y: Tensor) -> Tensor:
+    """The Square Attack, on inputs of any shape."""
+    attack = _package().square.SquareAttack(adapter.predict, **settings, resc_schedule=False)
+    found: Tensor
     if x.ndim == 4 and min(x.shape[2:]) >= 5:
-        found: Tensor = square.perturb(x, y)
+        found = attack.perturb(x, y)
         return found
     size = x[0].numel()
     side = max(5, math.isqrt(size - 1) + 1)
-    predict = square.predict
-    square.predict = lambda images: predict(images.flatten(1)[:, :size].view(-1, *x.shape[1:]))
+    attack.predict = lambda images: adapter.predict(images.flatten(1)[:, :size].view(-1, *x.shape[1:]))
     images = torch.nn.functional.pad(x.flatten(1), (0, side * side - size)).view(-1, 1, side, side)
-    found = square.perturb(images, y).flatten(1)[:, :size].view_as(x)
-    square.predict = predict
-    return found
+    found = attack.perturb(images, y)
+    return found.flatten(1)[:, :size].view_as(x)
 
 
 def fab(

@@ -102,7 +102,7 @@ def test_with_two_classes_the_point_is_the_nearest_error(name: str, seed: int, d
     ratio = found.distance / nearest
     rounding = 1e-9 if dtype == torch.float64 else 1e-3  # of logits that nearly cancel
     assert (ratio >= 1 - rounding).all()
-    assert (ratio <= 1 + 0.3 / 2**16 + rounding).all()
+    assert (ratio <= 1 + 0.26 / 2**16 + rounding).all()
     assert (found.rival == 1 - y).all()
 
 

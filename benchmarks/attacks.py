@@ -1,6 +1,6 @@
 """How fast WDA is, against Algorithm 1 letter by letter; and the strongest attack against AutoAttack's APGD-DLR.
 
-    python benchmarks/wda.py [--rounds R] [--output data/results/benchmarks/wda.json]
+    python benchmarks/attacks.py [--rounds R] [--output data/results/benchmarks/attacks.json]
 
 1. Algorithm 1 as printed, but for a whole batch at once: rival after rival, each with a forward and a backward pass for
    its gradient and, while probing, a forward pass for its proposal; raw logits compared, a constant step, the last

@@ -437,28 +437,40 @@ def test_where_the_attack_itself_runs_out_of_memory_it_gets_fewer_samples(
 
 
 class Broken(nn.Module):
-    """Logits and gradients that are NaN at some of the inputs."""
+    """Logits that are NaN or infinite at some of the inputs, all or one of them; their gradients are NaN."""
 
-    def __init__(self, inner: nn.Module, at: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, inner: nn.Module, at: Callable[[Tensor], Tensor], value: float = math.nan, one: int | None = None
+    ) -> None:
         super().__init__()
-        self.inner, self.at = inner, at
+        self.inner, self.at, self.value, self.one = inner, at, value, one
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) * torch.where(self.at(x.detach()), torch.nan, 1.0)[:, None]
+        logits = self.inner(x)
+        broken = self.at(x.detach())[:, None].expand_as(logits)
+        if self.one is not None:
+            broken = broken & (torch.arange(logits.shape[1]) == self.one)
+        return torch.where(broken, self.value, logits * torch.where(broken, math.nan, 1.0))
 
 
 MARK = 0.128
 
 
 @each_attack
-@pytest.mark.parametrize("width", [0.0, 0.2], ids=["there alone", "around it"])
-def test_samples_without_logits_are_named_and_stay_where_they_are(method: str, width: float) -> None:
+@pytest.mark.parametrize(
+    ("width", "value", "one"),
+    [(0.0, math.nan, None), (0.2, math.nan, None), (0.2, math.nan, 1), (0.2, math.inf, 1), (0.2, -math.inf, 1)],
+    ids=["there alone", "around it", "one is NaN", "one is infinite", "one is minus infinite"],
+)
+def test_samples_without_logits_are_named_and_stay_where_they_are(
+    method: str, width: float, value: float, one: int | None
+) -> None:
     inner, x, y = network()
     good = torch.ones(len(x), dtype=torch.bool)
     good[[3, 11]] = False
     x[good, 0, 0] = x[good, 0, 0].clamp(min=0.6)
     x[~good, 0, 0] = MARK
-    model = Broken(inner, lambda z: (z[:, 0, 0] - MARK).abs() <= width)
+    model = Broken(inner, lambda z: (z[:, 0, 0] - MARK).abs() <= width, value, one)
     threat = ball(method, order=math.inf)
     with pytest.warns(Untrustworthy, match=r"at 2 of 20 samples \(3, 11\), which stay where they are") as caught:
         adv = run(method, model, x, y, threat)
@@ -552,6 +564,21 @@ def test_a_model_that_is_wrong_everywhere_stays_so(method: str, name: str) -> No
         found = search(method, model, x, y, name)
         assert not found.distance.any()
         assert torch.equal(found.rival, model(x).argmax(1))
+
+
+@each_attack
+def test_ties_are_errors(method: str) -> None:
+    """All logits are equal everywhere: nobody is right, and nothing is to be done."""
+    _, x, y = network()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4)).double()
+    nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)
+    adv = run(method, model, x, y)
+    assert adv.accuracy(model) == 0
+    assert adv.counts.vanished == 0
+    if method in METHODS:
+        found = search(method, model, x, y)
+        assert not found.distance.any()
+        assert ((found.rival >= 0) & (found.rival != y)).all()
 
 
 @each_attack

@@ -304,6 +304,31 @@ def test_half_of_the_rivals_go_at_each_step(classes: int, options: dict[str, int
 
 @each_norm
 @each_seed
+def test_the_better_half_stays(name: str, seed: int) -> None:
+    """Short steps on an affine model, far from the sphere: each step and each halving is known."""
+    model, x, y = affine(6, seed)
+    w, b = (p.detach() for p in model[1].parameters())
+    seen: list[Tensor] = []
+
+    def recorder(z: Tensor) -> Tensor:
+        seen.append(z.detach().clone())
+        return model(z)
+
+    ball, alpha = Threat(name, 100.0, order=math.inf, box=None), 0.3
+    search(Oracle(recorder), x, y, ball, steps=6, probe_steps=6, step_size=alpha, halving=True)
+    for i, label in enumerate(y.tolist()):
+        point, left = x[i].flatten(), [j for j in range(6) if j != label]
+        for _ in range(6):
+            steps = {j: alpha * dual_maximiser((w[j] - w[label])[None], name)[0] for j in left}
+            gaps = {j: float((w[j] - w[label]) @ (point + steps[j]) + b[j] - b[label]) for j in left}
+            left = sorted(left, key=lambda j: -gaps[j])
+            point = point + steps[left[0]]
+            left = left[: (len(left) + 1) // 2]
+        torch.testing.assert_close(seen[-1][i].flatten(), point, rtol=0, atol=1e-9)
+
+
+@each_norm
+@each_seed
 @pytest.mark.parametrize("classes", [3, 10])
 def test_halving_keeps_the_best_rival_of_an_affine_model(name: str, seed: int, classes: int) -> None:
     model, x, y = affine(classes, seed)

@@ -88,7 +88,15 @@ class Distances:
     def robust_accuracy(self, eps: float | str | Sequence[float] | Tensor, order: float | str = 1.0) -> Tensor:
         r"""The accuracy that is left in balls of order p and radius eps, for one radius or many.
 
-        An upper bound of the robust accuracy :math:`\inf_{W_p \le \varepsilon}` of the model.
+        An upper bound of the model's least accuracy over the ball; `distribution` attains it. Arguments, result and errors
+        are those of `wda.robust_accuracy`.
+
+        Examples
+        --------
+        >>> model = lambda x: torch.cat([torch.full_like(x, 0.5), x], dim=1)  # class 1 where x > 1/2
+        >>> x, y = torch.tensor([[0.1], [0.3], [0.4], [0.9]]), torch.zeros(4, dtype=torch.int64)
+        >>> distances(model, x, y).robust_accuracy([0.0, 0.1, 1.0]).round(decimals=2)
+        tensor([0.7500, 0.1900, 0.0000], dtype=torch.float64)
         """
         return robust_accuracy(self.distance, eps, order)
 

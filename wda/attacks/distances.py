@@ -88,8 +88,8 @@ class Distances:
     def robust_accuracy(self, eps: float | str | Sequence[float] | Tensor, order: float | str = 1.0) -> Tensor:
         r"""The accuracy that is left in balls of order p and radius eps, for one radius or many.
 
-        An upper bound of the model's least accuracy over the ball; `distribution` attains it. Arguments, result and errors
-        are those of `wda.robust_accuracy`.
+        An upper bound of the model's least accuracy over the ball; `distribution` attains it. Arguments, result and
+        errors are those of `wda.robust_accuracy`.
 
         Examples
         --------

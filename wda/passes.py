@@ -205,24 +205,6 @@ class Oracle:
 
         return self._batched(compute, len(x))  # type: ignore[return-value]
 
-    def tracked(self, x: Tensor) -> Tensor:
-        """Logits (N, K) with their graph, for attacks of other packages: backward passes through them are counted.
-
-        Examples
-        --------
-        >>> oracle, x = Oracle(torch.nn.Linear(2, 3)), torch.rand(4, 2, requires_grad=True)
-        >>> oracle.tracked(x)[:, 0].sum().backward()
-        >>> oracle.forward, oracle.backward
-        (4, 4)
-        """
-        logits = self._call(x)
-        if logits.requires_grad:
-            logits.register_hook(self._count_backward)
-        return logits
-
-    def _count_backward(self, gradient: Tensor) -> None:
-        self.backward += len(gradient)
-
     def classes(self, x: Tensor) -> int:
         """K, read off one sample.
 

@@ -1,0 +1,175 @@
+"""The nearest errors: exact where the distance is known, never below it, and near it elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+from torch import Tensor, nn
+
+import wda
+from wda import Threat, attack, cells, distances
+from wda.attacks.closest import _direction, _radius
+from wda.losses import margin
+from wda.norms import dual, norm, support
+
+NORMS = ("Linf", "L2", "L1")
+each_norm = pytest.mark.parametrize("name", NORMS)
+
+
+def affine(classes: int, seed: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+    """An affine classifier, points in [0, 1], and its own answers."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).double()
+    x = torch.rand(20, 3, 4, dtype=torch.float64)
+    y = model(x).argmax(1)
+    return model.to(dtype), x.to(dtype), y
+
+
+def nearest_boundary(model: nn.Module, x: Tensor, y: Tensor, name: str, box: tuple[float, float] | None) -> Tensor:
+    """The distance of an affine classifier's nearest error: bisection of the radius, for each rival."""
+    layer = model[1].double()
+    x = x.double()
+    z = layer(x.flatten(1)).detach()
+    best = torch.full((len(x),), math.inf, dtype=torch.float64)
+    for rival in range(z.shape[1]):
+        g = (layer.weight[rival] - layer.weight[y]).detach().view_as(x)
+        gap = z.gather(1, y[:, None])[:, 0] - z[:, rival]
+        low, high = torch.zeros_like(gap), torch.full_like(gap, 100.0)
+        for _ in range(80):
+            middle = (low + high) / 2
+            reached = support(g, x, middle, name, box) >= gap
+            low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+        found = support(g, x, high, name, box) >= gap
+        best = torch.where((y != rival) & found, best.minimum(high), best)
+    return best
+
+
+@each_norm
+@pytest.mark.parametrize("box", [(0.0, 1.0), None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("classes", "seed"), [(2, 0), (2, 1), (4, 2), (10, 3)])
+def test_affine_models_have_their_nearest_boundary_found(
+    name: str, box: tuple[float, float] | None, dtype: torch.dtype, classes: int, seed: int
+) -> None:
+    model, x, y = affine(classes, seed, dtype)
+    exact = nearest_boundary(model, x, y, name, box)
+    found = distances(model.to(dtype), x, y, name, box).distance
+    assert torch.equal(found.isfinite(), exact.isfinite())
+    ratio = (found / exact)[exact.isfinite()]
+    assert (ratio >= 1 - 1e-5).all()
+    assert ratio.median() < {"Linf": 1.002, "L2": 1.002, "L1": 1.03}[name]
+    assert ratio.max() < {"Linf": 1.02, "L2": 1.02, "L1": 1.2}[name]
+
+
+def nearest_in_cells(model: nn.Module, x: np.ndarray, label: int, name: str) -> float:
+    """The exact distance of the nearest error in the unit square: a linear program for each cell and rival."""
+    best = math.inf
+    for cell in cells.enumerate(model, box=(0.0, 1.0)):
+        A, b = cell.halfspaces
+        for rival in range(len(cell.offset)):
+            if rival == label:
+                continue
+            g, c = cell.jacobian[rival] - cell.jacobian[label], cell.offset[rival] - cell.offset[label]
+            # variables: the point, and the length of each coordinate's move, all equal for "Linf"
+            moves = 1 if name == "Linf" else 2
+            eye, spread = np.eye(2), np.ones((2, 1)) if name == "Linf" else np.eye(2)
+            solved = linprog(
+                np.r_[0, 0, np.ones(moves)],
+                A_ub=np.r_[
+                    np.c_[A, np.zeros((len(A), moves))],
+                    np.c_[eye, -spread],
+                    np.c_[-eye, -spread],
+                    np.r_[-g, np.zeros(moves)][None],
+                ],
+                b_ub=np.r_[b, x, -x, c],
+                bounds=[(None, None)] * 2 + [(0, None)] * moves,
+            )
+            if solved.status == 0:
+                best = min(best, solved.fun)
+    return best
+
+
+@pytest.mark.parametrize("name", ["Linf", "L1"])
+@pytest.mark.parametrize("seed", range(3))
+def test_small_relu_networks_have_their_nearest_error_found(name: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 3)).double()
+    with torch.no_grad():
+        model[0].weight *= 4
+        model[0].bias -= model[0].weight.sum(1) / 2
+    x = torch.rand(12, 2, dtype=torch.float64)
+    y = model(x).argmax(1)
+    found = distances(model, x, y, name).distance
+    exact = torch.tensor(
+        [nearest_in_cells(model, row, label, name) for row, label in zip(x.numpy(), y.tolist(), strict=True)]
+    )
+    assert torch.equal(found.isfinite(), exact.isfinite())
+    reached = exact.isfinite()
+    assert reached.any()
+    assert (found[reached] >= exact[reached] - 1e-9).all()
+    assert (found / exact)[reached].median() < 1.01
+
+
+@pytest.mark.parametrize("model", ["digits-mlp", "digits-cnn-adv", "digits-gelu"])
+@each_norm
+def test_nothing_that_other_attacks_find_is_much_nearer(model: str, name: str) -> None:
+    """Beside DeepFool's walk, and PGD in growing balls: each with the budget spent in the best way."""
+    x, y = wda.data.load("digits", n=60)
+    network = wda.models.load(model)
+    found = distances(network, x, y, name)
+    walk = attack("deepfool", network, x, y, Threat(name, 1e3 if name != "Linf" else 1.0, "inf"))
+    flipped = margin(walk.logits(network), walk.y)[: len(walk.moved)] >= 0
+    deepfool = found.distance.clone().fill_(math.inf)
+    deepfool[walk.moved_source[flipped]] = walk.distances()[flipped]
+    right = (found.distance > 0) & deepfool.isfinite()
+    share = (found.distance[right] <= deepfool[right] * 1.001).double().mean()
+    assert share >= (0.9 if name == "L1" else 0.95)
+    assert found.distance[right].sum() < deepfool[right].sum()
+    for radius in torch.linspace(0.3, 1.5, 5) * found.distance[found.distance > 0].median():
+        ball = attack("pgd", network, x, y, Threat(name, float(radius), "inf"), steps=30)
+        ours = found.robust_accuracy(float(radius), "inf")
+        assert ours <= ball.accuracy(network) + 0.02
+
+
+def test_more_passes_find_nearer_errors() -> None:
+    x, y = wda.data.load("digits", n=100)
+    model = wda.models.load("digits-cnn-adv")
+    few, some, many = (
+        distances(model, x, y, steps=steps, restarts=restarts) for steps, restarts in ((10, 1), (30, 1), (30, 4))
+    )
+    assert few.distance.sum() > some.distance.sum() > many.distance.sum()
+    assert (many.distance <= some.distance * (1 + 1e-5)).all(), "the first ascent is the same"
+    assert few.counts.backward < some.counts.backward < many.counts.backward
+    wrong = some.distance == 0
+    assert some.counts.backward == pytest.approx((~wrong).double().mean().item() * (30 + 9)), "errors cost nothing"
+
+
+def test_the_radius_shrinks_behind_the_boundary_and_grows_before_it() -> None:
+    inf = math.inf
+    radius = torch.tensor([inf, 1.0, 1.0, 1.0, 1.0, inf])
+    linear = torch.tensor([0.7, 5.0, 1.2, 5.0, 9.0, inf])
+    flipped = torch.tensor([False, False, False, True, False, False])
+    nearest = torch.tensor([inf, inf, inf, 1.0, 2.0, inf])
+    grown = _radius(radius, linear, flipped, nearest, rate=0.1)
+    # to the linear distance at once; half again at the most; the linear distance; a tenth less; a tenth more; nothing
+    torch.testing.assert_close(grown, torch.tensor([0.7, 1.5, 1.2, 0.9, 1.1, 0.0]))
+    assert _radius(radius[4:5], linear[4:5], flipped[4:5], torch.tensor([1.0]), 0.1) < 1, "within the nearest flip"
+
+
+@each_norm
+def test_directions_have_unit_length_and_point_uphill(name: str) -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(5, 3, 20)
+    gradient[0] = 0
+    for cooling in (1.0, 0.5, 0.0):
+        direction = _direction(gradient, name, cooling)
+        assert norm(direction, name).tolist() == pytest.approx([0, 1, 1, 1, 1], abs=1e-6)
+        gain = (gradient * direction).flatten(1).sum(1)
+        assert (gain[1:] > 0.3 * norm(gradient, dual(name))[1:]).all()
+    if name == "L1":
+        counts = [int((_direction(gradient, name, cooling)[1] != 0).sum()) for cooling in (1.0, 0.5, 0.0)]
+        assert counts == [6, 3, 1]

@@ -37,8 +37,9 @@ model = "digits-mlp"  # a bundled model, one under WDA_DATA, or "module:function
 norm = "Linf"  # of the ground cost: "Linf", "L2" or "L1"
 eps = 0.1  # the radius; a fraction such as "8/255" may be a string
 order = 1  # of the Wasserstein distance, from 1 to "inf"; for "inf" set kappas to [1]
-attacks = ["fgsm", "pgd", "deepfool", "wda"]
+attacks = ["fgsm", "pgd", "deepfool", "wda", "wda++", "closest"]  # the cell below lists them all
 kappas = [1, 1.5, 2, 3, 4]  # "wda" runs once for each
+settings = {}  # options of attacks other than their defaults, such as {"pgd": {"steps": 100}}
 n = None  # only the first n samples; None for all
 seed = 0
 batch_size = 256
@@ -50,12 +51,18 @@ output = "results"  # the folder of the records, made if needed
 import logging
 import sys
 
+import wda
 from wda import experiment, figures
 
 # attacks that take long say how far they are
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 
+print("attacks:", *wda.attacks.available())
+
 # %% [markdown]
+# "wfgsm" and "wpgd" need an order above 1; "apgd-ce", "apgd-dlr", "fab" and "autoattack" the package of the extra
+# `wda[attacks]`. "autoattack" takes thousands of passes per image.
+#
 # Every attack is audited: its distribution lies in the Wasserstein ball, checked in double precision with no tolerance.
 # The record of an attack is written as soon as it is done.
 
@@ -68,6 +75,7 @@ records = experiment.run(
     order=order,
     attacks=attacks,
     kappas=kappas,
+    settings=settings,
     n=n,
     seed=seed,
     batch_size=batch_size,

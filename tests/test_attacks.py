@@ -585,7 +585,12 @@ BAD = [
     ("fgsm", {"batch_size": 0}, ValueError, "batch_size=0"),
     ("fgsm", {"batch_size": 2.5}, ValueError, "batch_size=2.5"),
     ("fgsm", {"batch_size": True}, ValueError, "batch_size=True"),
-    ("fgsm", {"steps": 5}, TypeError, "steps=5: attack 'fgsm' accepts kappa, seed, batch_size, autocast, progress, loss"),
+    (
+        "fgsm",
+        {"steps": 5},
+        TypeError,
+        "steps=5: attack 'fgsm' accepts kappa, seed, batch_size, autocast, progress, loss",
+    ),
     ("wda", {"loss": "ce"}, TypeError, "loss='ce': attack 'wda' accepts"),
     ("wda", {"probe": 3}, TypeError, "probe=3: attack 'wda' accepts"),
     ("fgsm", {"loss": "hinge"}, ValueError, "loss='hinge'"),

@@ -77,7 +77,7 @@ RUNS: list[Run] = [
     ("wda++", {"step_size": 0.05}, ()),
     ("wda++", {}, ()),
     ("grid", {}, ()),
-    ("closest", {"steps": 30, "restarts": 2}, ()),
+    ("closest", {"steps": 25, "restarts": 2}, ()),
     ("closest", {}, ()),
 ]
 
@@ -167,6 +167,11 @@ def _row(
     return row
 
 
+def _done(path: Path) -> list[dict[str, Any]]:
+    """The rows of a record, if there is one."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def main() -> None:
     """Run what is not yet in the records."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -179,9 +184,8 @@ def main() -> None:
         model = wda.models.load(case.model)
         x, y = wda.data.load(case.data, n=case.n)
         path = FOLDER / f"{case.name}.json"
-        done = json.loads(path.read_text())["rows"] if path.exists() else []
-        for new in rows(case, model, x, y, done, given.attacks):
-            done += new
+        for new in rows(case, model, x, y, _done(path), given.attacks):
+            done = _done(path) + new  # another process may have added to it
             record = {"model": case.model, "data": case.data, "n": case.n, "norm": case.norm, "rows": done}
             with write_atomically(path) as file:
                 file.write(json.dumps({**record, "provenance": provenance()}, indent=1).encode())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -88,10 +91,11 @@ def wda(
                 return best.points
         logits, gradients = oracle.margin_gradients(point, y[rows], pursued)
         best.update(point, logits, rows)
-        proposals = _proposals(point, gradients, length, x[rows], ball)
-        point = proposals[:, 0]
-        if pursued.shape[1] > 1:
-            point, pursued = _probe(oracle, proposals, pursued, rule, best, rows)
+        propose = partial(_proposals, point, length=length, x=x[rows], ball=ball)
+        if pursued.shape[1] == 1:
+            point = propose(gradients)[:, 0]
+        else:
+            point, pursued = _probe(oracle, propose, gradients, pursued, rule, best, rows)
         if t == probe_steps - 1:
             pursued = pursued[:, :1]
         elif halving:
@@ -101,7 +105,7 @@ def wda(
 
 
 def _proposals(point: Tensor, gradients: Tensor, length: float, x: Tensor, ball: Threat) -> Tensor:
-    """Line 10 of Algorithm 1: the projected step of each rival, (N, m, ...)."""
+    """Line 10 of Algorithm 1: a projected step along each of the gradients (N, m, ...)."""
     directions = dual_maximiser(free(gradients, point[:, None], ball.box).flatten(0, 1), ball.norm)
     ahead = point[:, None] + length * directions.view_as(gradients)
     anchor = x[:, None].expand_as(ahead)
@@ -109,14 +113,27 @@ def _proposals(point: Tensor, gradients: Tensor, length: float, x: Tensor, ball:
 
 
 def _probe(
-    oracle: Oracle, proposals: Tensor, rivals: Tensor, rule: str, best: Best, rows: Tensor
+    oracle: Oracle,
+    propose: Callable[[Tensor], Tensor],
+    gradients: Tensor,
+    rivals: Tensor,
+    rule: str,
+    best: Best,
+    rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Line 11: the proposal to follow, and the rivals in the order of theirs. All proposals may be the best point."""
-    logits = oracle.logits(proposals.flatten(0, 1)).unflatten(0, rivals.shape)
-    for j in range(rivals.shape[1]):
-        best.update(proposals[:, j], logits[:, j], rows)
-    value = logits.gather(2, rivals[:, :, None])[:, :, 0]
-    if rule == "margin":
-        value = value - logits.gather(2, best.y[rows, None, None].expand(-1, rivals.shape[1], 1))[:, :, 0]
-    order = value.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
-    return proposals[torch.arange(len(rows), device=rows.device), order[:, 0]], rivals.gather(1, order)
+    own = best.y[rows, None, None]
+    values, point, highest = [], best.points[rows], torch.full_like(best.margin[rows], -torch.inf)
+    # as many rivals at once as make a batch: fewer calls for few samples, and no more memory for many
+    for some in torch.arange(rivals.shape[1], device=rivals.device).split(max(1, oracle.batch_size // len(rows))):
+        proposals = propose(gradients[:, some])
+        logits = oracle.logits(proposals.flatten(0, 1)).unflatten(0, proposals.shape[:2])
+        value = logits.gather(2, rivals[:, some, None])
+        if rule == "margin":
+            value = value - logits.gather(2, own.expand_as(value))
+        values.append(value[:, :, 0].nan_to_num(nan=-torch.inf))
+        for j in range(len(some)):
+            best.update(proposals[:, j], logits[:, j], rows)
+            higher = values[-1][:, j] > highest
+            point[higher], highest[higher] = proposals[higher, j], values[-1][higher, j]
+    return point, rivals.gather(1, torch.cat(values, dim=1).argsort(dim=1, descending=True, stable=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -833,10 +832,3 @@ def test_distances_name_bad_arguments() -> None:
             found.distribution(threat)
     with pytest.raises(ValueError, match="eps=-1"):
         found.robust_accuracy(-1)
-
-
-def test_every_attack_is_documented_and_listed_once() -> None:
-    assert len(set(ALL)) == len(ALL)
-    for method, other in itertools.product(METHODS, BUDGETED):
-        assert method in ALL
-        assert other in ALL

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import wda
+from wda.attacks.a3 import a3
 from wda.attacks.autoattack import apgd_dlr
 from wda.attacks.closest import closest
 from wda.attacks.search import top_rivals
@@ -240,6 +241,7 @@ LADDERS: dict[str, dict[str, Attack]] = {
         f"{steps} steps": partial(search, steps=steps, probe_steps=steps // 2, halving=True, stop_at_flip=True)
         for steps in (4, 8, 16, 32, 64)
     },
+    "a3": {f"{levels} levels": partial(a3, levels=levels) for levels in (1, 2, 3, 4, 6)},
     "closest": {f"{restarts} restarts": partial(nearby, restarts=restarts) for restarts in (1, 2, 3, 6)},
 }
 

@@ -162,18 +162,21 @@ def project(
     tensor([[0., 1.]])
     """
     r = exponent(name)
-    target, center = points.flatten(1).double(), anchor.flatten(1).double()
+    center = anchor.flatten(1).double()
     limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))[:, None]
     if not bool((limit >= 0).all()):
         raise ValueError(f"radius={radius}: numbers >= 0 are accepted")
-    if box is not None and bool(((center < box[0]) | (center > box[1])).any()):
-        raise ValueError(f"the anchor leaves box={box}: anchors within it are accepted")
-    if r == math.inf:  # a problem for each coordinate
-        nearest = target.clamp(center - limit, center + limit)
+    if box is not None and center.numel():
+        low, high = center.aminmax()
+        if bool((low < box[0]) | (high > box[1])):
+            raise ValueError(f"the anchor leaves box={box}: anchors within it are accepted")
+    if r == math.inf:  # a problem for each coordinate; rounding is monotone, so the sides may be rounded first
+        sides = ((center + side).to(points.dtype) for side in (-limit, limit))
+        nearest = points.flatten(1).clamp(*sides)
     else:
-        nearest = _nearest_in_ball(target, center, limit, r, box)
+        nearest = _nearest_in_ball(points.flatten(1).double(), center, limit, r, box).to(points.dtype)
     # the box, for "Linf"; and rounding may have left it by one unit in the last place
-    return clamp(nearest.view_as(points).to(points.dtype), box)
+    return clamp(nearest.view_as(points), box)
 
 
 def _nearest_in_ball(

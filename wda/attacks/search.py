@@ -86,8 +86,9 @@ def free(gradient: Tensor, point: Tensor, box: tuple[float, float] | None) -> Te
         return gradient
     low, high = bounds(box, point)
     slack = 1e-6 * (box[1] - box[0])
-    stopped = ((gradient > 0) & (point >= high - slack)) | ((gradient < 0) & (point <= low + slack))
-    return gradient.masked_fill(stopped, 0)
+    least = torch.where(point <= low + slack, 0, -torch.inf).to(gradient.dtype)
+    most = torch.where(point >= high - slack, 0, torch.inf).to(gradient.dtype)
+    return gradient.clamp(least, most)
 
 
 def uniform_start(x: Tensor, ball: Threat, seed: int) -> Tensor:

@@ -91,6 +91,7 @@ def wda(
                 return best.points
         logits, gradients = oracle.margin_gradients(point, y[rows], pursued)
         best.update(point, logits, rows)
+        gradients = free(gradients, point[:, None], ball.box)
         propose = partial(_proposals, point, length=length, x=x[rows], ball=ball)
         if pursued.shape[1] == 1:
             point = propose(gradients)[:, 0]
@@ -106,8 +107,8 @@ def wda(
 
 def _proposals(point: Tensor, gradients: Tensor, length: float, x: Tensor, ball: Threat) -> Tensor:
     """Line 10 of Algorithm 1: a projected step along each of the gradients (N, m, ...)."""
-    directions = dual_maximiser(free(gradients, point[:, None], ball.box).flatten(0, 1), ball.norm)
-    ahead = point[:, None] + length * directions.view_as(gradients)
+    directions = dual_maximiser(gradients.flatten(0, 1), ball.norm).view_as(gradients)
+    ahead = point[:, None] + length * directions
     anchor = x[:, None].expand_as(ahead)
     return project(ahead.flatten(0, 1), anchor.flatten(0, 1), ball.eps, ball.norm, ball.box).view_as(ahead)
 
@@ -125,14 +126,16 @@ def _probe(
     own = best.y[rows, None, None]
     values, point, highest = [], best.points[rows], torch.full_like(best.margin[rows], -torch.inf)
     # as many rivals at once as make a batch: fewer calls for few samples, and no more memory for many
-    for some in torch.arange(rivals.shape[1], device=rivals.device).split(max(1, oracle.batch_size // len(rows))):
+    together = max(1, oracle.batch_size // len(rows))
+    for first in range(0, rivals.shape[1], together):
+        some = slice(first, first + together)
         proposals = propose(gradients[:, some])
         logits = oracle.logits(proposals.flatten(0, 1)).unflatten(0, proposals.shape[:2])
         value = logits.gather(2, rivals[:, some, None])
         if rule == "margin":
             value = value - logits.gather(2, own.expand_as(value))
         values.append(value[:, :, 0].nan_to_num(nan=-torch.inf))
-        for j in range(len(some)):
+        for j in range(proposals.shape[1]):
             best.update(proposals[:, j], logits[:, j], rows)
             higher = values[-1][:, j] > highest
             point[higher], highest[higher] = proposals[higher, j], values[-1][higher, j]

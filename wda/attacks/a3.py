@@ -90,7 +90,22 @@ def a3_plus_plus(
     for the rest of the restart. The paper has no more than a sentence about this attack: how many rivals are probed,
     and how often, is our choice.
 
-    Parameters, return value and errors are those of `a3`; probing costs further passes.
+    Parameters
+    ----------
+    oracle : Oracle
+    x : Tensor, shape (N, ...)
+        The whole sample.
+    y : int64 Tensor, shape (N,)
+    ball : Threat
+        Point-wise; its `eps` is the radius around each sample.
+    steps, levels : int
+        As for `a3`; probing costs further passes.
+    seed : int
+
+    Returns
+    -------
+    Tensor, shape (N, ...)
+        As for `a3`, and so are the errors.
 
     Examples
     --------

@@ -91,12 +91,25 @@ def apgd_dlr(
 ) -> Tensor:
     """Auto-PGD on the difference of logits ratio (Croce & Hein 2020): `apgd_ce` with the loss `wda.losses.dlr`.
 
-    Parameters, return value and errors are those of `apgd_ce`; the model must have three classes or more.
+    Parameters
+    ----------
+    oracle : Oracle
+    x : Tensor, shape (N, ...)
+    y : int64 Tensor, shape (N,)
+    ball : Threat
+        Point-wise, with a box.
+    steps, restarts, seed : int
+        As for `apgd_ce`.
+
+    Returns
+    -------
+    Tensor, shape (N, ...)
+        As for `apgd_ce`.
 
     Raises
     ------
     ValueError
-        Fewer than three classes.
+        Fewer than three classes, or an error of `apgd_ce`.
 
     Examples
     --------

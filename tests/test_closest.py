@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import wda
 from wda import Threat, attack, cells, distances
-from wda.attacks.closest import _direction, _radius
+from wda.attacks.closest import _radius, _step
 from wda.losses import margin
-from wda.norms import dual, norm, support
+from wda.norms import norm, support
 
 NORMS = ("Linf", "L2", "L1")
 each_norm = pytest.mark.parametrize("name", NORMS)
@@ -58,11 +58,12 @@ def test_affine_models_have_their_nearest_boundary_found(
     model, x, y = affine(classes, seed, dtype)
     exact = nearest_boundary(model, x, y, name, box)
     found = distances(model.to(dtype), x, y, name, box).distance
+    assert exact.isfinite().any()
     assert torch.equal(found.isfinite(), exact.isfinite())
     ratio = (found / exact)[exact.isfinite()]
-    assert (ratio >= 1 - 1e-5).all()
-    assert ratio.median() < {"Linf": 1.002, "L2": 1.002, "L1": 1.03}[name]
-    assert ratio.max() < {"Linf": 1.02, "L2": 1.02, "L1": 1.2}[name]
+    assert (ratio >= 1 - (1e-12 if dtype == torch.float64 else 1e-5)).all()
+    # a point is pushed until its margin exceeds rounding
+    assert (ratio <= 1 + (1e-9 if dtype == torch.float64 else 2e-3)).all()
 
 
 def nearest_in_cells(model: nn.Module, x: np.ndarray, label: int, name: str) -> float:
@@ -105,12 +106,14 @@ def test_small_relu_networks_have_their_nearest_error_found(name: str, seed: int
     y = model(x).argmax(1)
     found = distances(model, x, y, name).distance
     exact = torch.tensor(
-        [nearest_in_cells(model, row, label, name) for row, label in zip(x.numpy(), y.tolist(), strict=True)]
+        [nearest_in_cells(model, row, label, name) for row, label in zip(x.numpy(), y.tolist(), strict=True)],
+        dtype=torch.float64,
     )
     assert torch.equal(found.isfinite(), exact.isfinite())
     reached = exact.isfinite()
     assert reached.any()
-    assert (found[reached] >= exact[reached] - 1e-9).all()
+    # the solver's rows hold to 1e-7
+    assert (found[reached] >= exact[reached] - 1e-6).all()
     assert (found / exact)[reached].median() < 1.01
 
 
@@ -142,10 +145,11 @@ def test_more_passes_find_nearer_errors() -> None:
         distances(model, x, y, steps=steps, restarts=restarts) for steps, restarts in ((10, 1), (30, 1), (30, 4))
     )
     assert few.distance.sum() > some.distance.sum() > many.distance.sum()
-    assert (many.distance <= some.distance * (1 + 1e-5)).all(), "the first ascent is the same"
+    # the first ascent is the same; the polish of another flip may end a little further away
+    assert (many.distance <= some.distance * 1.01).all()
     assert few.counts.backward < some.counts.backward < many.counts.backward
     wrong = some.distance == 0
-    assert some.counts.backward == pytest.approx((~wrong).double().mean().item() * (30 + 9)), "errors cost nothing"
+    assert some.counts.backward == pytest.approx((~wrong).double().mean().item() * (30 + 9 + 5)), "errors cost nothing"
 
 
 def test_the_radius_shrinks_behind_the_boundary_and_grows_before_it() -> None:
@@ -161,15 +165,46 @@ def test_the_radius_shrinks_behind_the_boundary_and_grows_before_it() -> None:
 
 
 @each_norm
-def test_directions_have_unit_length_and_point_uphill(name: str) -> None:
+@pytest.mark.parametrize("box", [(0.0, 1.0), None], ids=str)
+def test_steps_point_uphill_and_are_as_long_as_the_radius_or_a_quarter_of_the_room(
+    name: str, box: tuple[float, float] | None
+) -> None:
     torch.manual_seed(0)
     gradient = torch.randn(5, 3, 20)
     gradient[0] = 0
-    for cooling in (1.0, 0.5, 0.0):
-        direction = _direction(gradient, name, cooling)
-        assert norm(direction, name).tolist() == pytest.approx([0, 1, 1, 1, 1], abs=1e-6)
-        gain = (gradient * direction).flatten(1).sum(1)
-        assert (gain[1:] > 0.3 * norm(gradient, dual(name))[1:]).all()
-    if name == "L1":
-        counts = [int((_direction(gradient, name, cooling)[1] != 0).sum()) for cooling in (1.0, 0.5, 0.0)]
-        assert counts == [6, 3, 1]
+    radius = torch.tensor([1.0, 0.2, 0.5, 3.0, 9.0])
+    step = _step(gradient, radius, name, box)
+    assert torch.equal(step[0], gradient[0])
+    assert ((gradient * step).flatten(1).sum(1)[1:] > 0).all()
+    room = radius if box is None else radius.clamp(max=1)
+    length, expected = (norm(step, "Linf"), room / 4) if name == "L1" else (norm(step, name), radius)
+    torch.testing.assert_close(length[1:], expected[1:])
+
+
+@each_norm
+def test_neither_batch_size_nor_order_nor_duplicates_change_a_distance(name: str) -> None:
+    x, y = wda.data.load("digits", n=40)
+    x = torch.cat([x, x[:5]]).double()
+    y = torch.cat([y, y[:5]])
+    model = wda.models.load("digits-cnn-adv").double()
+    found = distances(model, x, y, name, steps=10, restarts=2, batch_size=256).distance
+    torch.testing.assert_close(found[40:], found[:5], rtol=1e-5, atol=0)
+    shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    for rows, size in ((torch.arange(len(x)), 1), (torch.arange(len(x)), 17), (shuffled, 256)):
+        again = distances(model, x[rows], y[rows], name, steps=10, restarts=2, batch_size=size).distance
+        torch.testing.assert_close(again, found[rows], rtol=1e-5, atol=0)
+
+
+@each_norm
+def test_constant_logits_and_errors_at_the_sample_leave_it_where_it_is(name: str) -> None:
+    def constant(x: Tensor) -> Tensor:
+        return 0 * x[:, :2] + torch.tensor([1.0, 0.0])
+
+    x = torch.rand(1, 4)
+    with pytest.warns(wda.errors.Untrustworthy):
+        right = distances(constant, x, torch.tensor([0]), name)
+    wrong = distances(constant, x, torch.tensor([1]), name)
+    assert right.distance.tolist() == [math.inf]
+    assert wrong.distance.tolist() == [0]
+    assert torch.equal(right.x_adv, x)
+    assert torch.equal(wrong.x_adv, x)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.optimize import brentq
+from scipy.optimize import brentq, linprog
 from torch import Tensor
 
 from wda import norms
@@ -450,3 +450,66 @@ def test_support_grows_with_the_gradient(scale: float, box: tuple[float, float] 
 def test_the_steepest_coordinate_may_have_no_room() -> None:
     g, start = (torch.tensor([row], dtype=torch.float64) for row in ([1.0, 1e-200], [1.0, 0.0]))
     assert norms.support(g, start, 0.5, "L2", (-1, 1)).item() == pytest.approx(0.5e-200, rel=1e-12, abs=0)
+
+
+# -- least displacement ----------------------------------------------------------------------------------------------
+
+
+def least_length(g: np.ndarray, anchor: np.ndarray, level: float, name: str, box: tuple[float, float] | None) -> float:
+    """The length of the least displacement: a linear program, or a conic one for "L2"."""
+    bounds = [(None, None) if box is None else (box[0] - a, box[1] - a) for a in anchor]
+    if name == "L2":
+        h = cp.Variable(len(g))
+        sides = [] if box is None else [h >= box[0] - anchor, h <= box[1] - anchor]
+        return float(cp.Problem(cp.Minimize(cp.norm(h)), [g @ h >= level, *sides]).solve(solver=cp.CLARABEL))
+    # variables: the displacement, and bounds on its entries, one for all or one for each
+    eye = np.eye(len(g))
+    spread = eye if name == "L1" else np.ones((len(g), 1))
+    solved = linprog(
+        np.r_[0 * g, np.ones(spread.shape[1])],
+        A_ub=np.r_[np.c_[eye, -spread], np.c_[-eye, -spread], np.r_[-g, np.zeros(spread.shape[1])][None]],
+        b_ub=np.r_[np.zeros(2 * len(g)), -level],
+        bounds=bounds + [(0, None)] * spread.shape[1],
+    )
+    return float(solved.fun)
+
+
+@each_norm
+@pytest.mark.parametrize("box", [None, BOX, (-0.5, 1.25)], ids=str)
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 1.0])
+def test_least_displacement_agrees_with_a_solver(name: str, box: tuple[float, float] | None, share: float) -> None:
+    g, anchor = normal(5, 8, 6), uniform(6, 8, 6)
+    g[0, 1:4] = 0
+    g[1, 2:] = g[1, 2]  # ties
+    anchor[2, :3] = (g[2, :3] > 0).double()  # no room within the unit box
+    level = share * norms.support(g, anchor, 100.0, "Linf", BOX if box is None else box)
+    h = norms.least_displacement(g, anchor, level, name, box)
+    expected = [least_length(*each, name, box) for each in zip(g.numpy(), anchor.numpy(), level.tolist(), strict=True)]
+    assert norms.norm(h, name).numpy() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close((g * h).sum(1), level, rtol=1e-12, atol=0)
+    if box is not None:
+        assert ((anchor + h >= box[0] - 1e-15) & (anchor + h <= box[1] + 1e-15)).all()
+
+
+@each_norm
+@pytest.mark.parametrize("box", [None, BOX], ids=str)
+@pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
+def test_least_displacement_is_the_inverse_of_the_support(
+    name: str, box: tuple[float, float] | None, scale: float
+) -> None:
+    g, anchor = scale * normal(7, 10, 2, 8), uniform(8, 10, 2, 8)
+    level = norms.support(g, anchor, 0.2, name, box)
+    h = norms.least_displacement(g, anchor, level, name, box)
+    assert norms.norm(h, name).tolist() == pytest.approx([0.2] * 10, rel=1e-12)
+
+
+@each_norm
+@each_float
+def test_least_displacement_where_there_is_nothing_to_reach_or_no_way_there(name: str, dtype: torch.dtype) -> None:
+    anchor = torch.tensor([[0.25, 0.5, 0.75]], dtype=dtype).expand(4, 3)
+    g = torch.tensor([[2.0, 0.0, -1.0], [2.0, 0.0, -1.0], [0.0, 0.0, 0.0], [2.0, 0.0, -1.0]], dtype=dtype)
+    level = torch.tensor([0.0, -1.0, 1.0, 9.0], dtype=dtype)
+    h = norms.least_displacement(g, anchor, level, name, BOX)
+    assert h.dtype == dtype
+    assert h[:3].tolist() == [[0.0] * 3] * 3
+    assert h[3].tolist() == [0.75, 0.0, -0.75]

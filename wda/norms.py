@@ -20,6 +20,7 @@ __all__ = [
     "dual",
     "dual_maximiser",
     "exponent",
+    "least_displacement",
     "norm",
     "operator_norm",
     "project",
@@ -32,6 +33,9 @@ _DUALS = {"Linf": "L1", "L2": "L2", "L1": "Linf"}
 
 # The largest side over which operator_norm enumerates signs: 2^19 products, about a second.
 _MAX_SIGNS = 20
+
+# Divisors are at least this, in float64; where that matters the quotient is not used, or bounded by something else.
+_TINY = 1e-300
 
 
 def exponent(name: str) -> float:
@@ -254,7 +258,7 @@ def _shrink_l2(length: Tensor, room: Tensor, limit: Tensor) -> Tensor:
     free = length.gather(1, order).square().flip(1).cumsum(1).flip(1)
     square = full + breakpoint.square() * free
     at = (square < limit.square()).sum(1, keepdim=True).clamp(max=length.shape[1] - 1)
-    t = ((limit.square() - full.gather(1, at)).clamp(min=0) / free.gather(1, at).clamp(min=1e-300)).sqrt()
+    t = ((limit.square() - full.gather(1, at)).clamp(min=0) / free.gather(1, at).clamp(min=_TINY)).sqrt()
     # without a free coordinate t is infinite, or very large
     return torch.where(length > 0, t * length, 0).minimum(room)
 
@@ -389,6 +393,75 @@ def support(
         room = room.gather(1, order)
         move = (limit - _exclusive_cumsum(room)).clamp(min=0).minimum(room)
     return ((size * move).sum(1) * steepest[:, 0]).to(g.dtype)
+
+
+def least_displacement(
+    g: Tensor, anchor: Tensor, level: Tensor, name: str, box: tuple[float, float] | None = None
+) -> Tensor:
+    r"""The shortest way from the anchor within the box on which the linear function g grows to a level.
+
+    Minimises :math:`\|h\|_r` subject to :math:`\langle g, h\rangle \ge c` and, if a box is given, to
+    :math:`\text{low} \le a + h \le \text{high}`: the inverse of `support`. Coordinate j has the room :math:`w_j` in the
+    direction of :math:`g_j` and moves by :math:`\min(t, w_j)` for "Linf" and :math:`\min(t|g_j|, w_j)` for "L2"; for
+    "L1" the largest entries of g move first, each by all its room. In float64.
+
+    Parameters
+    ----------
+    g, anchor : Tensor, shape (N, ...)
+        The anchor lies in the box.
+    level : Tensor, shape (N,)
+        The c; where it is at most 0, nothing moves.
+    name : {"Linf", "L2", "L1"}
+    box : (float, float) or None
+
+    Returns
+    -------
+    Tensor, shape (N, ...)
+        h, in the dtype of `g`. Where the level is out of reach, every coordinate of slope other than 0 goes to its side
+        of the box; where g = 0, nothing moves.
+
+    Examples
+    --------
+    >>> least_displacement(torch.tensor([[3.0, -4.0]]), torch.zeros(1, 2), torch.tensor([7.0]), "Linf")
+    tensor([[ 1., -1.]])
+    >>> least_displacement(torch.tensor([[3.0, -4.0]]), torch.zeros(1, 2), torch.tensor([7.0]), "L1", box=(-1.0, 1.0))
+    tensor([[ 1., -1.]])
+    """
+    exponent(name)
+    slope, start = g.flatten(1).double(), anchor.flatten(1).double()
+    steep, unit = _in_unit(slope.abs())
+    level = level.double()[:, None].clamp(min=0) / unit
+    # without a box, by no more than the steepest coordinate alone would need
+    room = level if box is None else torch.where(slope > 0, box[1] - start, start - box[0])
+    room = torch.where(steep > 0, room, 0)
+    if name == "L1":
+        length = _one_by_one(steep, room, level)
+    else:
+        length = _together(steep, torch.ones_like(steep) if name == "Linf" else steep, room, level)
+    return (length * slope.sign()).view_as(g).to(g.dtype)
+
+
+def _one_by_one(steep: Tensor, room: Tensor, level: Tensor) -> Tensor:
+    """Lengths of moves of which the steepest come first, each of all its room, until the level is reached."""
+    steepest, order = steep.sort(dim=1, descending=True)
+    room = room.gather(1, order)
+    left = (level - _exclusive_cumsum(steepest * room)).clamp(min=0)
+    length = (left / steepest.clamp(min=_TINY)).minimum(room)
+    return torch.zeros_like(length).scatter(1, order, length)
+
+
+def _together(steep: Tensor, speed: Tensor, room: Tensor, level: Tensor) -> Tensor:
+    """min(t * speed, room) with the least t at which the level is reached, or as near to it as the room allows.
+
+    Coordinates fill their room in the order of room / speed; between two of these times the gain is affine in t.
+    """
+    full, order = torch.where(steep > 0, room / speed, 0).sort(dim=1)
+    before = _exclusive_cumsum((steep * room).gather(1, order))
+    rate = (steep * speed).gather(1, order).flip(1).cumsum(1).flip(1)
+    at = (before + full * rate < level).sum(1, keepdim=True).clamp(max=full.shape[1] - 1)
+    t = torch.where(rate > 0, (level - before) / rate, 0).gather(1, at)
+    earlier = torch.nn.functional.pad(full[:, :-1], (1, 0)).gather(1, at)  # which rounding might undercut
+    return (t.maximum(earlier) * speed).minimum(room)
 
 
 def _in_unit(size: Tensor) -> tuple[Tensor, Tensor]:

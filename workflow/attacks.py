@@ -77,7 +77,7 @@ RUNS: list[Run] = [
     ("wda++", {"step_size": 0.05}, ()),
     ("wda++", {}, ()),
     ("grid", {}, ()),
-    ("closest", {"steps": 25, "restarts": 2}, ()),
+    ("closest", {"steps": 46, "restarts": 1}, ()),
     ("closest", {}, ()),
 ]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from wda.attacks.search import free, top_rivals, uniform_start
 from wda.checks import whole
 from wda.losses import margin
-from wda.norms import dual, dual_maximiser, norm, project
+from wda.norms import clamp, dual, dual_maximiser, least_displacement, norm, project
 from wda.passes import Oracle
 from wda.threat import Threat
 
@@ -18,6 +18,10 @@ __all__ = ["closest"]
 
 # So many rivals are looked at, those of largest logit, and so many of these pursued, the nearest, in turn.
 _LOOKED_AT, _PURSUED = 9, 3
+# So often the nearest flips are polished, each time by so many forward passes.
+_POLISHES, _TRIALS = 5, 8
+# By so much of its room the steepest coordinate moves in the first step for "L1".
+_L1_SHARE = 0.25
 
 
 def closest(
@@ -37,7 +41,11 @@ def closest(
     and is projected onto the ball around the sample. The ball shrinks whenever the label has flipped and grows whenever
     it has not, at a rate that falls along a cosine, and so do the steps. It is never larger than the nearest flip so
     far, whichever class that was for. The first ascent starts at the sample, the others at random within the nearest
-    flip so far. The rivals are taken in the order of how near they seem at the sample: small gaps, steep gradients.
+    flip so far, or anywhere in the box where nothing has flipped. The rivals are taken in the order of how near they
+    seem at the sample: small gaps, steep gradients.
+
+    In the end the nearest flips are polished: drawn towards the nearest point within the box that the model, linearised
+    at the flip, would misclassify. On an affine model that point is the answer.
 
     The idea of a ball that follows the flips is that of the fast minimum-norm attack (Pintor et al. 2021).
 
@@ -50,7 +58,7 @@ def closest(
     norm : {"Linf", "L2", "L1"}
     box : (float, float) or None
     steps, restarts : int
-        Backward passes in each ascent, and ascents. Up to nine more rank the rivals.
+        Backward passes in each ascent, and ascents. Up to nine more rank the rivals, and five polish.
     seed : int
 
     Returns
@@ -73,6 +81,8 @@ def closest(
     for restart in range(restarts):
         start = nearest.x if restart == 0 else _around(nearest, box, seed + restart)
         _ascend(oracle, nearest, start, rivals[:, restart % rivals.shape[1], None], box, steps)
+    for _ in range(_POLISHES):
+        _polish(oracle, nearest, box)
     return x.index_copy(0, right, nearest.points)
 
 
@@ -84,12 +94,13 @@ class _Nearest:
         self.points = x.clone()
         self.distance = torch.full(y.shape, math.inf, dtype=x.dtype, device=x.device)
 
-    def update(self, points: Tensor, logits: Tensor) -> Tensor:
-        """Keep those of `points` that are misclassified and nearer; True where one is misclassified."""
-        wrong = margin(logits, self.y) >= 0
-        distance = norm(points - self.x, self.norm)
-        nearer = wrong & (distance < self.distance)
-        self.points[nearer], self.distance[nearer] = points[nearer], distance[nearer]
+    def update(self, points: Tensor, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Keep those of `points`, of all samples or of `rows`, that are wrong and nearer; True where one is wrong."""
+        rows = torch.arange(len(self.y), device=self.y.device) if rows is None else rows
+        wrong = margin(logits, self.y[rows]) >= 0
+        distance = norm(points - self.x[rows], self.norm)
+        nearer = wrong & (distance < self.distance[rows])
+        self.points[rows[nearer]], self.distance[rows[nearer]] = points[nearer], distance[nearer]
         return wrong
 
 
@@ -111,10 +122,17 @@ def _rivals(oracle: Oracle, nearest: _Nearest, box: tuple[float, float] | None) 
 
 
 def _around(nearest: _Nearest, box: tuple[float, float] | None, seed: int) -> Tensor:
-    """A random point no further from each sample than the nearest flip so far."""
-    noise = uniform_start(nearest.x, Threat(nearest.norm, 1.0, order=math.inf, box=None), seed) - nearest.x
-    radius = nearest.distance.where(nearest.distance.isfinite(), 0)
-    return project(nearest.x + _along(noise, radius), nearest.x, radius, nearest.norm, box)
+    """A random point no further from each sample than the nearest flip so far; anywhere in the box without one."""
+    x, found = nearest.x, nearest.distance.isfinite()
+    noise = uniform_start(x, Threat(nearest.norm, 1.0, order=math.inf, box=None), seed) - x
+    radius = nearest.distance.where(found, 0)
+    start = project(x + _along(noise, radius), x, radius, nearest.norm, box)
+    if box is None or bool(found.all()):
+        return start
+    largest = norm(noise, "Linf")
+    place = (1 + _along(noise, 1 / largest.where(largest > 0, 1))) / 2
+    anywhere = clamp(box[0] + (box[1] - box[0]) * place, box)
+    return anywhere.index_copy(0, found.nonzero()[:, 0], start[found])
 
 
 def _ascend(
@@ -122,7 +140,10 @@ def _ascend(
 ) -> None:
     """Steps up the margin of one rival (N, 1), in a ball that shrinks and grows."""
     x, y, name = nearest.x, nearest.y, nearest.norm
-    radius, before = nearest.distance.clone(), point
+    away = norm(point - x, name)
+    # a start elsewhere in the box has its distance for a radius; one at the sample has none yet
+    radius = nearest.distance.where(nearest.distance.isfinite() | (away == 0), away)
+    before = point
     for t in range(steps):
         cooling = (1 + math.cos(math.pi * t / steps)) / 2
         logits, gradients = oracle.margin_gradients(point, y, rival)
@@ -131,7 +152,7 @@ def _ascend(
         gap = (logits.gather(1, y[:, None]) - logits.gather(1, rival))[:, 0].clamp(min=0)
         linear = norm(point - x, name) + gap / norm(gradient, dual(name))
         radius = _radius(radius, linear, flipped, nearest.distance, 0.1 * cooling + 0.001)
-        step = _along(_direction(gradient, name, cooling), (0.01 + 0.49 * cooling) * radius)
+        step = (0.01 + 0.99 * cooling) * _step(gradient, radius, name, box)
         ahead = project(point + step + 0.5 * (point - before), x, radius, name, box)
         point, before = ahead, point
     nearest.update(point, oracle.logits(point))
@@ -152,16 +173,34 @@ def _radius(radius: Tensor, linear: Tensor, flipped: Tensor, nearest: Tensor, ra
     return result.where(result.isfinite(), 0)
 
 
-def _direction(gradient: Tensor, name: str, cooling: float) -> Tensor:
-    """Where to step: the dual-norm maximiser; for "L1", where that is one coordinate, a share of the steepest ones."""
+def _step(gradient: Tensor, radius: Tensor, name: str, box: tuple[float, float] | None) -> Tensor:
+    """A step of the radius along the dual-norm maximiser; for "L1", where that is one coordinate, along the gradient.
+
+    Then the projection onto the ball thins the step out, and its length is that of the steepest coordinate's move.
+    """
     if name != "L1":
-        return dual_maximiser(gradient, name)
-    flat = gradient.flatten(1)
-    count = max(1, int((0.002 + 0.098 * cooling) * flat.shape[1]))
-    least = flat.abs().topk(count, dim=1).values[:, -1:]
-    steepest = flat.where(flat.abs() >= least, 0)
-    total = steepest.abs().sum(1, keepdim=True)
-    return (steepest / total.where(total > 0, 1)).view_as(gradient)
+        return _along(dual_maximiser(gradient, name), radius)
+    steepest = norm(gradient, "Linf")
+    room = radius if box is None else radius.clamp(max=box[1] - box[0])
+    return _along(gradient, _L1_SHARE * room / steepest.where(steepest > 0, 1))
+
+
+def _polish(oracle: Oracle, nearest: _Nearest, box: tuple[float, float] | None) -> None:
+    """Bisect between each nearest flip and the nearest flip of the model linearised there."""
+    rows = nearest.distance.isfinite().nonzero()[:, 0]
+    if not len(rows):
+        return
+    x, y, flip = nearest.x[rows], nearest.y[rows], nearest.points[rows]
+    logits, gradient = oracle.gradient(flip, y, margin)
+    level = (gradient * (flip - x)).flatten(1).sum(1) - margin(logits, y)
+    ideal = clamp(x + least_displacement(gradient, x, level, nearest.norm, box), box)
+    right, wrong = torch.zeros_like(level), torch.ones_like(level)  # shares of the way from the ideal to the flip
+    share = right
+    for _ in range(_TRIALS):
+        point = ideal + _along(flip - ideal, share)
+        flipped = nearest.update(point, oracle.logits(point), rows)
+        right, wrong = right.where(flipped, share), share.where(flipped, wrong)
+        share = (right + wrong) / 2
 
 
 def _along(direction: Tensor, length: Tensor) -> Tensor:

@@ -452,6 +452,19 @@ def test_the_steepest_coordinate_may_have_no_room() -> None:
     assert norms.support(g, start, 0.5, "L2", (-1, 1)).item() == pytest.approx(0.5e-200, rel=1e-12, abs=0)
 
 
+@pytest.mark.parametrize("n", [3, 8, 30])
+def test_support_where_the_rooms_fill_the_ball_but_for_rounding(n: int) -> None:
+    g, start, count = 0.5 + uniform(0, 5000, n) / 2, uniform(1, 5000, n), 5000
+    start[:, 0] = 1 - 10 ** (1.2 * uniform(2, count) - 8.6)  # its square is about the rounding of the sum of squares
+    g[:, -1] = 0
+    room = (1 - start)[:, :-1]
+    radius = room.norm(dim=1) * (1 - 1.2e-16 * (4 * uniform(3, count)).floor())
+    whole = (g[:, :-1] * room).sum(1)
+    torch.testing.assert_close(norms.support(g, start, radius, "L2", BOX), whole, rtol=1e-12, atol=0)
+    moved = norms.project(start + g, start, radius, "L2", BOX)
+    assert (norms.norm(moved - start, "L2") >= radius * (1 - 1e-6)).all()
+
+
 # -- least displacement ----------------------------------------------------------------------------------------------
 
 

@@ -259,6 +259,8 @@ def _shrink_l2(length: Tensor, room: Tensor, limit: Tensor) -> Tensor:
     square = full + breakpoint.square() * free
     at = (square < limit.square()).sum(1, keepdim=True).clamp(max=length.shape[1] - 1)
     t = ((limit.square() - full.gather(1, at)).clamp(min=0) / free.gather(1, at).clamp(min=_TINY)).sqrt()
+    # where the first k fill all but rounding of the limit, the formula may give nothing: t is at least t_k
+    t = torch.where(at > 0, t.maximum(breakpoint.gather(1, (at - 1).clamp(min=0))), t)
     # without a free coordinate t is infinite, or very large
     return torch.where(length > 0, t * length, 0).minimum(room)
 

@@ -461,7 +461,7 @@ def test_support_where_the_rooms_fill_the_ball_but_for_rounding(n: int) -> None:
     radius = room.norm(dim=1) * (1 - 1.2e-16 * (4 * uniform(3, count)).floor())
     whole = (g[:, :-1] * room).sum(1)
     torch.testing.assert_close(norms.support(g, start, radius, "L2", BOX), whole, rtol=1e-12, atol=0)
-    moved = norms.project(start + g, start, radius, "L2", BOX)
+    moved = norms.project(start + 100 * g, start, radius, "L2", BOX)
     assert (norms.norm(moved - start, "L2") >= radius * (1 - 1e-6)).all()
 
 
@@ -526,3 +526,12 @@ def test_least_displacement_where_there_is_nothing_to_reach_or_no_way_there(name
     assert h.dtype == dtype
     assert h[:3].tolist() == [[0.0] * 3] * 3
     assert h[3].tolist() == [0.75, 0.0, -0.75]
+
+
+def test_least_displacement_where_the_last_slopes_are_within_rounding() -> None:
+    g = torch.tensor([[-2.9998377448648036e-11, 2.113974458716393e-11, -0.08663412868630539]], dtype=torch.float64)
+    anchor = torch.tensor([[0.6166775713340978, 0.9070428961181717, 0.48557512957986226]], dtype=torch.float64)
+    level = torch.tensor([0.04206737827942276], dtype=torch.float64)
+    h = norms.least_displacement(g, anchor, level, "Linf", BOX)
+    torch.testing.assert_close((g * h).sum(1), level, rtol=1e-14, atol=0)
+    assert norms.norm(h, "Linf").item() == pytest.approx(anchor[0, 2].item(), rel=1e-14)

@@ -28,8 +28,10 @@ __all__ = [
     "Graph",
     "Optimum",
     "Program",
+    "Ranges",
     "Terms",
     "graph",
+    "largest",
     "negative",
     "scaled",
     "signs",
@@ -38,6 +40,8 @@ __all__ = [
 
 Columns = NDArray[np.intp]
 Terms = Sequence[tuple[Array, Columns]]
+# what the pre-activations of each layer lie between
+Ranges = Sequence[tuple[Array, Array]]
 
 # the solver's relative accuracy
 ACCURACY = 1e-6
@@ -178,8 +182,9 @@ class Program:
                 break
         if solved.status == 2:
             return Optimum(-math.inf, None)
-        bound = solved.mip_dual_bound if mixed else solved.fun if solved.status == 0 else None
-        return Optimum(math.inf if bound is None else -bound, solved.x)
+        trusted = (0, 1) if mixed else (0,)  # solved; or out of time, where the dual bound of branch and bound holds
+        bound = (solved.mip_dual_bound if mixed else solved.fun) if solved.status in trusted else None
+        return Optimum(-bound if bound is not None and math.isfinite(bound) else math.inf, solved.x)
 
     def _constraints(self) -> list[LinearConstraint]:
         if not self.blocks:
@@ -268,11 +273,11 @@ def unit_ball(program: Program, n: int, norm: str) -> Columns:
     return u
 
 
-def scaled(dense: Dense, centre: Array, radius: float) -> Dense:
+def scaled(dense: Dense, centre: Array, radius: float, ranges: Ranges | None = None) -> Dense:
     r"""The network as a function of t, with :math:`x = c + \rho t`, and each hidden unit divided by its largest size.
 
     The masks at t are those at x, and so are the logits; for :math:`t \in [-1, 1]^n` every pre-activation lies in
-    [-1, 1], by interval arithmetic.
+    [-1, 1], by interval arithmetic or by the `ranges` given for each layer.
 
     Examples
     --------
@@ -286,9 +291,8 @@ def scaled(dense: Dense, centre: Array, radius: float) -> Dense:
     program = Program()
     values = [program.variables(-np.ones(dense.n), np.ones(dense.n))]
     for h in range(len(dense.units)):
-        low, high = program.range(list(zip(weights[h], values, strict=True)), bias[h])
-        size = np.maximum(-low, high)
-        size[size <= 0] = 1.0
+        low, high = program.range(list(zip(weights[h], values, strict=True)), bias[h]) if ranges is None else ranges[h]
+        size = largest(low, high)
         weights[h] = [W / size[:, None] for W in weights[h]]
         bias[h] = bias[h] / size
         for later in weights[h + 1 :]:
@@ -297,11 +301,26 @@ def scaled(dense: Dense, centre: Array, radius: float) -> Dense:
     return Dense(tuple(tuple(row) for row in weights), tuple(bias), dense.activations)
 
 
-def graph(program: Program, dense: Dense, x: Columns, deadline: float = math.inf) -> Graph:
+def largest(low: Array, high: Array) -> Array:
+    """The largest absolute value between `low` and `high`; 1 where it is 0.
+
+    Examples
+    --------
+    >>> largest(np.array([-3.0, 0.0]), np.array([1.0, 0.0]))
+    array([3., 1.])
+    """
+    size = np.maximum(-low, high)
+    return np.where(size > 0, size, 1.0)
+
+
+def graph(
+    program: Program, dense: Dense, x: Columns, deadline: float = math.inf, ranges: Ranges | None = None
+) -> Graph:
     """Add the hidden units of a ReLU network at the input `x`, layer by layer.
 
-    Pre-activations are bounded by interval arithmetic and, where the program so far has rows, by its linear
-    relaxation; after the `deadline` (of `time.monotonic`) by interval arithmetic alone.
+    Pre-activations lie in the `ranges` given for each layer. Without these they are bounded by interval arithmetic and,
+    where the program so far has rows, by its linear relaxation; after the `deadline` (of `time.monotonic`) by interval
+    arithmetic alone.
 
     Examples
     --------
@@ -312,9 +331,9 @@ def graph(program: Program, dense: Dense, x: Columns, deadline: float = math.inf
     1.0
     """
     result = Graph(program, dense, [x], [])
-    for weights, bias in zip(dense.weights[:-1], dense.bias[:-1], strict=True):
+    for h, (weights, bias) in enumerate(zip(dense.weights[:-1], dense.bias[:-1], strict=True)):
         before = list(zip(weights, result.values, strict=True))
-        low, high = program.tightened(before, bias, deadline)
+        low, high = program.tightened(before, bias, deadline) if ranges is None else ranges[h]
         d = program.variables(*signs(low, high), integer=True)
         a = program.variables(np.maximum(low, 0), np.maximum(high, 0))
         program.rows(above := [(np.eye(len(bias)), a), *negative(before)], least=bias)

@@ -29,6 +29,7 @@ LAYERS = [
     {"distribution", "budget", "cells"},
     {"certificates"},
     {"attacks"},
+    {"evaluate"},
     {"experiment", "figures"},
     {"cli"},
 ]

@@ -1,8 +1,7 @@
 """Wasserstein distributional attacks and certificates for neural networks."""
 
 import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wda import attacks, data, losses, models, nets, norms
 from wda.attacks import Distances, attack, distances
@@ -13,11 +12,13 @@ from wda.threat import Threat
 
 if TYPE_CHECKING:
     from wda import cells, certificates
+    from wda.evaluate import Bracket, bracket
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdversarialDistribution",
+    "Bracket",
     "BudgetExceeded",
     "DataUnavailable",
     "Distances",
@@ -27,6 +28,7 @@ __all__ = [
     "allocate",
     "attack",
     "attacks",
+    "bracket",
     "cells",
     "certificates",
     "data",
@@ -38,8 +40,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """Import what needs SciPy's solvers when it is first used: they would make `import wda` slow."""
     if name in ("cells", "certificates"):
         return importlib.import_module(f"wda.{name}")
+    if name in ("bracket", "Bracket"):
+        return getattr(importlib.import_module("wda.evaluate"), name)
     raise AttributeError(f"module 'wda' has no attribute {name!r}")

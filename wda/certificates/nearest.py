@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,8 +44,14 @@ _GROWTH = 2.0
 _NARROW = 0.99
 # without a box no error is looked for beyond this, relative to 1 + the size of the sample
 _FAR = 1e6
-# by how much a rival wins in the linear program of a witness, relative to the largest margin: the first that holds up
-_WINS = (0.0, 1e-9, 1e-8, 1e-7, 1e-6)
+# by how much a rival should win at a witness, relative to its largest margin
+_EXCESS = 1e-9
+# magnifies a linear program about its solution: the solver's tolerance of 1e-7 becomes that small
+_ZOOM = 1e6
+# how far points are pushed along their rays until they are errors, relative to their distance
+_PUSHES = (0.0, *(1e-12 * 4.0**k for k in range(12)))
+# an error is firm if its margin exceeds so many units in the last place of the logits
+_ULPS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +207,7 @@ class _Search:
 
     def run(self, start: Tensor, limit: float) -> None:
         """Narrow [lower, best] until they agree, nothing is left to search, or time is up."""
-        if self.see(self.x):
+        if self.see(self.x, firmly=False):
             return
         self.see(start)
         # a little more than the limit, for an error at that very distance
@@ -222,11 +229,13 @@ class _Search:
             self.lower = max(self.lower, self.certified(min(self.best, end)))
         self.lower = min(self.lower, self.best)
 
-    def see(self, point: Tensor) -> bool:
-        """Whether a point is an error; the nearest one is kept."""
+    def see(self, point: Tensor, firmly: bool = True) -> bool:
+        """Whether a point is an error, by more than rounding if it should be so firmly; the nearest one is kept."""
         point = clamp(point, self.box)
-        wrong = bool(margin(self.net(point).cpu(), self.label) >= 0)
-        distance = float(length(point - self.x, self.norm))
+        logits = self.net(point).cpu()
+        rounding = _ULPS * torch.finfo(torch.float64).eps * float(logits.abs().amax())
+        excess, distance = float(margin(logits, self.label)), float(length(point - self.x, self.norm))
+        wrong = excess > rounding if firmly else excess >= 0
         if wrong and distance < self.best:
             self.witness, self.best = point, distance
         return wrong
@@ -244,21 +253,34 @@ class _Search:
         return bound
 
     def solve(self, ball: _Ball, rival: int, seconds: float) -> float:
-        """As `within`, for one rival alone; looks for a witness in the activation cell that the solver chose."""
+        """As `within`, for one rival alone."""
+        ball.program.upper[ball.t] = min(1.0, self.best / ball.radius)
         program, (gain, level) = ball.program.copy(), ball.margin(rival)
-        program.upper[ball.t] = min(1.0, self.best / ball.radius)
         program.rows(gain, least=level)
-        goal = [(np.array([-_MAGNIFIED]), ball.t)]
-        optimum = program.maximise(goal, seconds)
+        optimum = program.maximise(ball.goal, seconds)
         if optimum.point is not None:
-            self.see(ball.at(optimum.point))
             cell = program.fixed(ball.graph.binaries, ball.graph.mask(optimum.point))
-            for win in _WINS:
-                cell.rows(gain, least=level + win)
-                nearest = cell.maximise(goal, self.left, relaxed=True).point
-                if nearest is None or self.see(ball.at(nearest)):
-                    break
+            self.confirm(ball, cell, gain, level, ball.at(optimum.point))
         return max(0.0, -optimum.bound / _MAGNIFIED) * ball.radius
+
+    def confirm(self, ball: _Ball, cell: Program, gain: Terms, level: Array, point: Tensor) -> None:
+        """Look for the nearest error of the activation cell that the solver chose, and failing that near its point.
+
+        A linear program around its own solution has a tolerance small enough for the rival to win by very little.
+        """
+        cell.rows(gain, least=level + _EXCESS)
+        first = cell.maximise(ball.goal, self.left, relaxed=True).point
+        if first is not None:
+            shift = cell.about(first, _ZOOM).maximise(ball.goal, self.left, relaxed=True).point
+            point = ball.at(first if shift is None else first + shift / _ZOOM)
+        for firmly in (True, False):  # where the logits tie throughout, no margin is positive
+            if any(self.see(far, firmly) for far in self.further(point)):
+                return
+
+    def further(self, point: Tensor) -> Iterator[Tensor]:
+        """A point, and ever further ones on the ray from the sample."""
+        for push in _PUSHES:
+            yield point + push * (point - self.x)
 
     def certified(self, radius: float) -> float:
         """Up to `radius`, a radius at which propagated bounds let no rival win."""
@@ -304,6 +326,8 @@ class _Ball:
     graph : Graph
         Of the network as a function of u, each unit scaled to [-1, 1].
     t : columns (1,)
+    goal : terms
+        To be maximised: -100 t.
     most : array (rivals,)
         Upper bounds of the margins.
     """
@@ -319,6 +343,7 @@ class _Ball:
         low, high = (-one, one) if search.box is None else ((side - x) / radius for side in search.box)
         u = self.program.variables(np.maximum(low, -1), np.minimum(high, 1))
         self.t = self._norm(u, search.norm)
+        self.goal = [(np.array([-_MAGNIFIED]), self.t)]
         unit = [(low / largest(low, high), high / largest(low, high)) for low, high in ranges]
         self.graph = graph(self.program, scaled(net.dense, x, radius, ranges), u, ranges=unit)
 

@@ -94,6 +94,11 @@ class Program:
     >>> [round(float(side[0]), 3) for side in program.tightened(terms, np.array([-1.0]))]
     [-1.0, 0.5]
 
+    The same program around a point:
+
+    >>> program.fixed(v, np.ones(2)).about(np.ones(2), zoom=1e6).upper
+    array([0., 0.])
+
     A copy grows on its own:
 
     >>> other = program.copy()
@@ -116,6 +121,16 @@ class Program:
         other = self.copy()
         other.lower, other.upper = self.lower.copy(), self.upper.copy()
         other.lower[columns] = other.upper[columns] = values
+        return other
+
+    def about(self, point: Array, zoom: float) -> Program:
+        """The program of ``zoom * (v - point)``: the solver's tolerances are that much smaller for v."""
+        other, blocks = self.copy(), []
+        other.lower, other.upper = zoom * (self.lower - point), zoom * (self.upper - point)
+        for terms, least, most in self.blocks:
+            here = sum(matrix @ point[columns] for matrix, columns in terms)
+            blocks.append((terms, zoom * (least - here), zoom * (most - here)))
+        other.blocks = tuple(blocks)
         return other
 
     def variables(self, lower: Array, upper: Array, integer: bool = False) -> Columns:

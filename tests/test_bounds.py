@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import wda
 from wda.cells import enumerate as cells_of
-from wda.certificates import bounds, gains, propagation
+from wda.certificates import activations, bounds, gains, pooling, propagation
 from wda.certificates.propagation import margins
 from wda.errors import NotPiecewiseAffine
 from wda.models import Residual
@@ -113,10 +113,10 @@ def test_no_point_leaves_the_bounds(kind: str, name: str, box: tuple[float, floa
 @pytest.mark.parametrize("flaw", ["upper", "lower", "upper_offset"])
 @pytest.mark.parametrize("kind", ["relu", "gelu", "max pooling"])
 def test_a_wrong_line_is_caught_by_the_same_check(kind: str, flaw: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for lines in ("_relu_lines", "_bent_lines"):
+    for lines in ("relu_lines", "bent_lines"):
         true = getattr(propagation, lines)
 
-        def wrong(*arguments: Tensor, true: Callable = true) -> propagation._Lines:
+        def wrong(*arguments: Tensor, true: Callable = true) -> activations.Lines:
             line = true(*arguments)
             return line._replace(**{flaw: getattr(line, flaw) * (3 if flaw == "lower" else 0.5)})
 
@@ -198,7 +198,7 @@ def test_backward_bounds_beat_intervals() -> None:
 def test_a_network_without_pooling_is_the_same_function(options: dict) -> None:
     torch.manual_seed(0)
     net = from_module(nn.Sequential(nn.MaxPool2d(**options), nn.Flatten()), (2, 6, 5))
-    flat, place = propagation._without_pooling(net)
+    flat, place = pooling.without_pooling(net)
     x = torch.randn(50, 2, 6, 5, dtype=torch.float64)
     assert {node.kind for node in flat.nodes} <= {"affine", "sum", "activation"}
     for old, new in zip(net.values(x), [flat.values(x)[i] for i in place], strict=True):
@@ -279,7 +279,7 @@ def test_activations_over_wide_ranges(layer: nn.Module, far: float) -> None:
     inside = torch.linspace(-60, 60, 2401, dtype=torch.float64)
     for low, high in [(-far, far), (far / 2, far), (-far, -far / 2), (1.0, far), (-far, 1.0)]:
         ends = [torch.full((1, 1), end, dtype=torch.float64) for end in (low, high)]
-        lines = propagation._bent_lines(layer, *ends)
+        lines = activations.bent_lines(net.activations[0], *ends)
         x = torch.cat([torch.linspace(0, 1, 1001).double() * (high - low) + low, inside, 1e6 * inside]).clamp(low, high)
         below, above = lines.lower * x + lines.lower_offset, lines.upper * x + lines.upper_offset
         rounding = 1e-12 * (1 + x.abs() * (lines.lower.abs() + lines.upper.abs()))
@@ -287,7 +287,7 @@ def test_activations_over_wide_ranges(layer: nn.Module, far: float) -> None:
         assert (layer(x) <= above + rounding).all()
         assert float((above - below).max()) <= 1.2 * far
         least, largest = (float(side) for side in propagation.slopes(net, [tuple(ends)])[0])
-        slope = propagation._derivative(layer, x)
+        slope = activations.derivative(layer, x)
         assert least - 1e-12 <= float(slope.min()) <= float(slope.max()) <= largest + 1e-12
 
 

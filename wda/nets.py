@@ -60,7 +60,7 @@ class Node:
     activation : str
         "relu", "gelu", "silu", "softplus" or "sigmoid" for an activation.
     layer : nn.Module or None
-        The Linear or Conv2d layer that an affine node was read from.
+        The Linear, Conv2d or batch normalisation layer that an affine node was read from.
 
     Examples
     --------
@@ -661,7 +661,7 @@ def _convolution(kind: Any, module: nn.Conv2d, call: Map, value: Tensor) -> Node
 def _batch_norm(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
     scale = (module.running_var + module.eps).rsqrt()
     scale = (scale if module.weight is None else scale * module.weight).view(-1, *[1] * (value.ndim - 2))
-    return replace(_scaling(value, scale), call=call)
+    return replace(_scaling(value, scale), call=call, layer=module)
 
 
 def _scale(kind: Any, module: Any, call: Map, value: Tensor) -> Node:

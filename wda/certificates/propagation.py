@@ -1,41 +1,82 @@
 r"""Bounds propagated through a network: intervals, backward linear bounds, and intervals of the Jacobian.
 
 Everything works on the node graph of `wda.nets`, in float64, for a batch of regions at once, on the device of the
-network. A region is a ball :math:`\|x - c\|_r \le R`, cut by a box if one is given. Results hold up to rounding, which
-is allowed for by a slack of 1e-9 relative to the sum of the absolute values of all terms: millions of times what
-rounding does to sums of this length, but no proof about floating point.
+network. A region is a ball :math:`\|x - c\|_r \le R`, cut by a box if one is given.
+
+**What is certified, and rounding.** Intervals and linear bounds hold for the function that the weights define in real
+arithmetic, with the weights as they are stored and float64 results of what a model computes from constants alone. A
+model that runs in float32 differs from it by its own rounding. Taken for granted are IEEE arithmetic, sums of products
+in whatever order, fused or not (no Winograd or FFT convolutions, no TF32), and what `wda.certificates.activations`
+says of library functions. The proof, with :math:`u = 2^{-53}` and :math:`\gamma_n = nu/(1 - nu)`: a sum of at most n
+products is computed to within :math:`\gamma_n` times the sum of their absolute values (Higham, 2002, *Accuracy and
+stability of numerical algorithms*, section 3.1), and so is one through which each term meets at most n roundings.
+
+*Intervals.* Let :math:`v \in [l, h]`, c the middle as computed, and :math:`\hat v = \max(|l|, |h|)`. Then
+:math:`Wv + b` is within :math:`|W|(h - l)/2 + \gamma_n(|W|\hat v + |b|)` of the computed :math:`Wc + b`. Sums of two
+values are moved outward to the next number; a maximum is exact.
+
+*Backward.* A row of coefficients r on a value :math:`Wv + b` is pulled back to p, computed for :math:`W^T r`, and
+:math:`|p - W^T r| \le \gamma_n|W|^T|r|`. So for every v with :math:`|v| \le \hat v`
+
+.. math:: |\langle r, Wv + b\rangle - \langle p, v\rangle - \langle r, b\rangle|
+   \le \gamma_n\langle|r|, |W|\hat v + |b|\rangle,
+
+the last term for the rounding of the inner product. It is computed from one tensor for each value,
+:math:`|W|\hat v + |b|`, with the interval of v that is known. Likewise a row at an activation, times the slopes s and
+offsets t of lines that hold exactly, is off by :math:`\gamma_n\langle|r|, |s|\hat z + |t|\rangle`; a sum of two
+rows on one value v by :math:`u\langle|p|, \hat v\rangle`; and the least value over the region by :math:`\gamma_n`
+times its terms, since `wda.norms.support` is a sum of positive terms, of which an error in how far coordinates move
+takes no larger share. All terms are added to one sum with at most one term for each node, so the bound is off by at
+most :math:`\gamma_n` times the sum of the right-hand sides, for any n of at least the largest number of entries of a
+value plus twice the number of nodes plus 8. `_gamma` takes four times that, which also covers the rounding of the
+right-hand sides, of batch normalisation's scale, and of the last subtraction. A product too small to be a normal number
+is off by less than :math:`2^{-1022}`: as many times this as there are products, times :math:`1 + \hat v`, is added. A
+bound that is not a number becomes infinite.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from torch.nn.functional import relu
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
+from wda.certificates.activations import TINY, Lines, bends, bent_lines, image, relu_lines
+from wda.certificates.activations import slopes as _slopes
+from wda.certificates.pooling import value_shape, windows, without_pooling
+from wda.checks import whole
 from wda.errors import NotPiecewiseAffine
-from wda.nets import Map, Net, Node
+from wda.nets import Net, Node
 from wda.norms import dual, norm, support
 
-__all__ = ["Bounds", "adjoint", "gradient", "interval", "linear", "margins", "preactivations", "slopes", "windows"]
+__all__ = [
+    "Bounds",
+    "Relaxation",
+    "adjoint",
+    "gradient",
+    "interval",
+    "linear",
+    "margins",
+    "preactivations",
+    "relax",
+    "slopes",
+    "value_shape",
+    "windows",
+]
 
 ROUNDING = 1e-9
-"""What certified bounds are widened by, relative to the size of their terms."""
+"""What Lipschitz constants are raised by, relative to themselves: far more than rounding does, but without a proof."""
 
 Bounds = tuple[Tensor, Tensor]
 """Lower and upper bounds."""
 
 # how many numbers the widest value of a chunk of rows may hold: 4 MB, near the processor
 _CHUNK = 2**19
-# where an activation's derivative has its limit, and powers of the input do not yet overflow
-_FAR = 1e100
+# the first step of the slopes' ascent, and by what it shrinks each time
+_STEP, _DECAY = 0.3, 0.93
 
 
 def margins(net: Net, pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -93,37 +134,13 @@ def adjoint(net: Net, i: int, rows: Tensor, absolute: bool = False) -> tuple[Ten
         output = through(*inputs)
     if not (len(rows) and output.requires_grad):  # no rows, or the zero map
         return tuple(rows.new_zeros(len(rows), *v.shape[1:]) for v in inputs)
+    if isinstance(node.layer, nn.Conv2d) and not (absolute or isinstance(node.layer.padding, str)):
+        layer, before = node.layer, inputs[0].shape[1:]
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return (conv2d_input((len(rows), *before), layer.weight, rows, *geometry),)
     # one pass over all rows, without running the map itself on as many zeros
     back = torch.autograd.grad(output, inputs, rows[:, None], is_grads_batched=True)
     return tuple(part[:, 0] for part in back)
-
-
-def value_shape(net: Net, value: int) -> tuple[int, ...]:
-    return net.nodes[value - 1].shape if value else net.shape
-
-
-def windows(net: Net, i: int) -> tuple[Tensor, Tensor]:
-    """Which rows and which columns of its input each output of a max pooling node sees.
-
-    Its windows are rectangles, so it is asked about one row and one column at a time.
-
-    Returns
-    -------
-    Tensors of 0 and 1, shapes (height out, height in) and (width out, width in)
-
-    Examples
-    --------
-    >>> from wda.nets import from_module
-    >>> net = from_module(torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.Flatten()), shape=(1, 4, 2))
-    >>> windows(net, 1)[0].tolist()
-    [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]
-    """
-    node = net.nodes[i - 1]
-    channels, height, width = value_shape(net, node.inputs[0])
-    like = net.like.new_zeros(1, channels, 1, 1)
-    rows = node.call(torch.eye(height).to(like)[:, None, :, None] + like.expand(-1, -1, height, width))
-    columns = node.call(torch.eye(width).to(like)[:, None, None, :] + like.expand(-1, -1, height, width))
-    return rows[:, 0, :, 0].T, columns[:, 0, 0, :].T
 
 
 def interval(net: Net, low: Tensor, high: Tensor) -> list[Bounds]:
@@ -154,76 +171,58 @@ def interval(net: Net, low: Tensor, high: Tensor) -> list[Bounds]:
     """
     values = [(low.to(net.like), high.to(net.like))]
     for node in net.nodes:
-        values.append(_image(node, [values[j] for j in node.inputs]))
+        values.append(_image(node, [values[j] for j in node.inputs], _gamma(net)))
     return values
 
 
-def _image(node: Node, inputs: list[Bounds]) -> Bounds:
+def _image(node: Node, inputs: list[Bounds], gamma: float) -> Bounds:
     """Bounds of the output of a node, from those of its inputs."""
-    if node.kind == "affine":
-        (low, high), absolute = inputs[0], node.absolute
-        assert absolute is not None
-        centre = (low + high) / 2
-        # rounding included: the centre is as large as what it is made of
-        radius = absolute((high - low) / 2 + ROUNDING * centre.abs())
-        return node.call(centre) - radius, node.call(centre) + radius
-    if node.kind in ("sum", "maxpool"):
-        return node.call(*(low for low, _ in inputs)), node.call(*(high for _, high in inputs))
-    _refuse(node)
     low, high = inputs[0]
-    ends = (
-        [low, high, *(t.clamp(low, high) for t in _turning_points(node.call)[0].to(low))]
-        if _bends(node)
-        else [low, high]
-    )
-    images = torch.stack([_apply(node, end) for end in ends])
-    return images.amin(0), images.amax(0)
+    if node.kind == "affine":
+        assert node.absolute is not None
+        centre = (low + high) / 2
+        radius = node.absolute((high - low) / 2 + gamma * _size(inputs[0])) + gamma * _bias(node, low)[1] + TINY
+        return node.call(centre) - radius, node.call(centre) + radius
+    if node.kind == "sum":
+        return _outward(*(node.call(*side) for side in zip(*inputs, strict=True)))
+    if node.kind == "maxpool":
+        return node.call(low), node.call(high)
+    _refuse(node)
+    return image(node, low, high)
+
+
+def _gamma(net: Net) -> float:
+    """The share of its terms that rounding may take from a bound; see above."""
+    widest = max(math.prod(value_shape(net, i)) for i in range(len(net.nodes) + 1))
+    return float(4 * (widest + 2 * len(net.nodes) + 8) * 2.0**-53)
+
+
+def _size(bounds: Bounds) -> Tensor:
+    return bounds[0].abs().maximum(bounds[1].abs())
+
+
+def _outward(low: Tensor, high: Tensor) -> Bounds:
+    """Bounds that were rounded once, moved to the next number."""
+    infinite = torch.full_like(low, math.inf)
+    return torch.nextafter(low, -infinite), torch.nextafter(high, infinite)
+
+
+def _bias(node: Node, like: Tensor) -> Bounds:
+    """The constant part of an affine node, (1, *shape), and the size of what it is computed from."""
+    zero = like.new_zeros(1, *like.shape[1:])
+    bias, layer = node.call(zero), node.layer
+    if node.call is node.linear or not isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        return bias, bias.abs()
+    assert node.absolute is not None
+    assert layer.running_mean is not None
+    channels = (1, -1, *[1] * (zero.ndim - 2))
+    shift = node.absolute(zero + layer.running_mean.abs().view(channels))
+    return bias, shift if layer.bias is None else shift + layer.bias.abs().view(channels)
 
 
 def _refuse(node: Node) -> None:
     if node.kind == "bounded":
         raise NotPiecewiseAffine(f"{node.name}: no bound is propagated through this layer")
-
-
-def _bends(node: Node) -> bool:
-    return node.activation != "relu"
-
-
-def _apply(node: Node, x: Tensor) -> Tensor:
-    return node.call(x) if _bends(node) else relu(x)
-
-
-def _derivative(call: Map, x: Tensor, order: int = 1) -> Tensor:
-    """A derivative of an elementwise map at each entry of x; at infinity its limit."""
-    x = x.detach().clamp(-_FAR, _FAR).requires_grad_()
-    with torch.enable_grad():
-        value = call(x)
-        for _ in range(order):
-            (value,) = torch.autograd.grad(value.sum(), x, create_graph=True)
-    return value.detach()
-
-
-@functools.lru_cache(maxsize=64)
-def _turning_points(call: Map) -> tuple[Tensor, Tensor]:
-    """Where the first and where the second derivative of an elementwise map change sign, in float64.
-
-    Between turning points of f' it is monotone. They are looked for on [-40, 40]: beyond it GELU, SiLU, softplus and
-    the sigmoid are affine to double precision. A derivative below 1e-13 has no sign.
-    """
-    grid = torch.linspace(-40.0, 40.0, 8001, dtype=torch.float64)
-    found = []
-    for order in (1, 2):
-        derivative = _derivative(call, grid, order)
-        signed = (derivative.abs() > 1e-13).nonzero()[:, 0]
-        sign = derivative[signed].sign()
-        at = (sign[1:] != sign[:-1]).nonzero()[:, 0]
-        low, high, start = grid[signed[at]], grid[signed[at + 1]], sign[at]
-        for _ in range(50):
-            middle = (low + high) / 2
-            left = _derivative(call, middle, order).sign() == start
-            low, high = torch.where(left, middle, low), torch.where(left, high, middle)
-        found.append((low + high) / 2)
-    return found[0], found[1]
 
 
 def slopes(net: Net, ranges: Sequence[Bounds] | None = None) -> list[Bounds]:
@@ -251,14 +250,6 @@ def slopes(net: Net, ranges: Sequence[Bounds] | None = None) -> list[Bounds]:
         everywhere = (net.like.new_full((1, units), math.inf) for units in net.units)
         ranges = [(-end, end) for end in everywhere]
     return [_slopes(node, low, high) for node, (low, high) in zip(net.activations, ranges, strict=True)]
-
-
-def _slopes(node: Node, low: Tensor, high: Tensor) -> Bounds:
-    if not _bends(node):
-        return (low > 0).to(low), (high >= 0).to(low)
-    inside = [t.clamp(low, high) for t in _turning_points(node.call)[1].to(low)]
-    derivatives = torch.stack([_derivative(node.call, x) for x in (low, high, *inside)])
-    return derivatives.amin(0), derivatives.amax(0)
 
 
 def gradient(net: Net, norm_name: str, pairs: Sequence[tuple[int, int]], steep: Sequence[Bounds]) -> Tensor:
@@ -339,23 +330,40 @@ class _Region:
     def interval(self) -> Bounds:
         """The least axis-parallel box around each ball that the box leaves."""
         reach = self.radius.view(-1, *[1] * (self.centre.ndim - 1))
-        low, high = self.centre - reach, self.centre + reach
+        low, high = _outward(self.centre - reach, self.centre + reach)
         return (low, high) if self.box is None else (low.clamp(min=self.box[0]), high.clamp(max=self.box[1]))
 
-    def minimum(self, rows: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-        """The least value of each linear function over the region `of` it is asked, and the size of its terms."""
+    def minimum(self, rows: Tensor, of: Tensor) -> Tensor:
+        """The least value of each linear function over the region `of` it is asked."""
+        if self.norm == "Linf":
+            low, high = (_pick(side, of) for side in self.interval())
+            return (rows * torch.where(rows > 0, low, high)).flatten(1).sum(1)
         centre = self.centre[of]
-        down = support(-rows, centre, self.radius[of], self.norm, self.box)
-        return (rows * centre).flatten(1).sum(1) - down, (rows * centre).abs().flatten(1).sum(1) + down
+        return (rows * centre).flatten(1).sum(1) - support(-rows, centre, self.radius[of], self.norm, self.box)
+
+    def minimiser(self, rows: Tensor, of: Tensor) -> Tensor:
+        """Where each linear function is least: the gradient of its minimum with respect to its coefficients."""
+        rows = rows.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.minimum(rows, of).sum()
+        return torch.autograd.grad(value, rows)[0]
 
 
-class _Lines(NamedTuple):
-    """A line below and a line above an activation: slope and offset for each unit."""
+def _alone(of: Tensor) -> bool:
+    """Whether all rows are of one sample; rows come in the order of their samples."""
+    return len(of) > 0 and bool(of[0] == of[-1])
 
-    lower: Tensor
-    lower_offset: Tensor
-    upper: Tensor
-    upper_offset: Tensor
+
+def _pick(values: Tensor, of: Tensor) -> Tensor:
+    """What belongs to the sample of each row, (M, ...); (1, ...) if it is one and the same."""
+    return values[of[:1] if _alone(of) else of]
+
+
+def _inner(rows: Tensor, values: Tensor, of: Tensor) -> Tensor:
+    """The inner product of each row with the values of its sample."""
+    if _alone(of):
+        return rows.flatten(1) @ values[of[0]].flatten()
+    return (rows * values[of]).flatten(1).sum(1)
 
 
 def linear(
@@ -366,6 +374,7 @@ def linear(
     norm_name: str,
     box: tuple[float, float] | None = None,
     refine: float = math.inf,
+    steps: int = 0,
 ) -> Bounds:
     r"""Bounds of linear functions of the logits over balls, by backward propagation of linear bounds.
 
@@ -390,6 +399,8 @@ def linear(
     box : (float, float), optional
     refine : float
         A layer behind another activation with more units than this keeps its bounds by intervals.
+    steps : int
+        Steps of gradient ascent on the slopes of the lines below ReLU, as in `Relaxation.least`.
 
     Returns
     -------
@@ -408,14 +419,8 @@ def linear(
     >>> round(float(low), 6), round(float(high), 6)  # the lines for the second unit: 0 and (x + 1) / 2
     (1.0, 4.0)
     """
-    flat = _without_pooling(net)[0]
-    region = _region(net, centre, radius, norm_name, box)
-    lines, _ = _relax(flat, region, refine)
-    count = len(region.centre)
-    rows = rows.to(net.like).expand(count, -1, -1) if rows.ndim == 2 else rows.to(net.like)
-    of = torch.arange(count, device=rows.device).repeat_interleave(rows.shape[1])
-    low, high = _extremes(flat, len(flat.nodes), rows.flatten(0, 1), of, lines, region)
-    return low.view(count, -1), high.view(count, -1)
+    relaxed = relax(net, centre, radius, norm_name, box, refine)
+    return relaxed.least(rows, steps), -relaxed.least(-rows, steps)
 
 
 def preactivations(
@@ -445,8 +450,8 @@ def preactivations(
     >>> low.round(decimals=6).tolist(), high.round(decimals=6).tolist()
     ([[-2.0, -2.0]], [[2.0, 2.0]])
     """
-    flat, place = _without_pooling(net)
-    bounds = _relax(flat, _region(net, centre, radius, norm_name, box), refine)[1]
+    bounds = relax(net, centre, radius, norm_name, box, refine).bounds
+    place = without_pooling(net)[1]
     seen = [place[node.inputs[0]] for node in net.activations]
     return [(bounds[j][0].flatten(1), bounds[j][1].flatten(1)) for j in seen]
 
@@ -463,185 +468,239 @@ def _region(
     return _Region(centre, reach, norm_name, box)
 
 
-def _relax(net: Net, region: _Region, refine: float) -> tuple[dict[int, _Lines], list[Bounds]]:
-    """Lines for each activation, and bounds of every value, refined by backward passes before each activation."""
-    bounds = [region.interval()]
-    lines: dict[int, _Lines] = {}
+@dataclass(frozen=True, eq=False)
+class Relaxation:
+    r"""A network with each activation between two lines, over a region for each sample; made by `relax`.
+
+    Attributes
+    ----------
+    net : Net
+        Without max pooling.
+    bounds : list of pairs of tensors (N, \*shape)
+        Of the input and of the output of every node.
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> net = from_module(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU()), shape=(2,))
+    >>> relaxed = relax(net, torch.tensor([[2.0, 0.0]]), 1.0, "Linf")
+    >>> round(float(relaxed.least(torch.tensor([[3.0, -1.0]]))), 6)
+    2.0
+    """
+
+    net: Net
+    region: _Region
+    bounds: list[Bounds]
+    lines: dict[int, Lines] = field(default_factory=dict)
+    # of each node: its bias if it has one, and what times a row bounds the rounding, in units of gamma
+    biases: dict[int, Tensor] = field(default_factory=dict)
+    sizes: dict[int, Tensor] = field(default_factory=dict)
+
+    def least(self, rows: Tensor, steps: int = 0) -> Tensor:
+        r"""Lower bounds of linear functions of the logits; ``-least(-rows)`` are upper bounds.
+
+        With `steps`, the slopes :math:`\alpha \in [0, 1]` of the lines below unstable ReLU units are optimised for each
+        row and each sample (alpha-CROWN: Xu et al., 2021, *Fast and complete: enabling complete verification with rapid
+        and massively parallel incomplete solvers*): projected gradient ascent by Adam from CROWN's choice, with the
+        bounds of the pre-activations as they are. Any slopes in [0, 1] are sound, and the best bound met is returned,
+        so more steps never give a worse one.
+
+        Parameters
+        ----------
+        rows : Tensor, shape (R, K) or (N, R, K)
+        steps : int
+
+        Returns
+        -------
+        Tensor, shape (N, R)
+        """
+        steps = whole("steps", steps, 0)
+        count = len(self.region.centre)
+        rows = rows.to(self.net.like).expand(count, -1, -1) if rows.ndim == 2 else rows.to(self.net.like)
+        of = torch.arange(count, device=rows.device).repeat_interleave(rows.shape[1])
+        return self._least(len(self.net.nodes), rows.flatten(0, 1), of, steps).view(count, -1)
+
+    def _least(self, value: int, rows: Tensor, of: Tensor, steps: int = 0) -> Tensor:
+        """Lower bounds of rows of coefficients of a value, (M, *its shape), each over the region `of` it is asked."""
+        size = _rows(self.net, bool(steps))
+        parts = zip(rows.split(size), of.split(size), strict=True)
+        if steps:
+            return torch.cat([self._climb(value, part, sample, steps) for part, sample in parts])
+        return torch.cat([self._pull_back(value, part, sample, {}, {}) for part, sample in parts])
+
+    def _climb(self, value: int, rows: Tensor, of: Tensor, steps: int) -> Tensor:
+        """The best lower bounds met by an ascent on the slopes of the lines below ReLU."""
+        free = {i: self._free(i) for i in self.lines if i < value and not bends(self.net.nodes[i - 1])}
+        slopes = {i: self.lines[i].lower[of].clone() for i in free if bool(free[i].any())}
+        best = rows.new_full((len(rows),), -math.inf)
+        ascent = torch.optim.Adam([*slopes.values()], _STEP, maximize=True) if slopes else None
+        for step in range(steps + 1):
+            seen: dict[int, Tensor] = {}
+            best = best.maximum(self._pull_back(value, rows, of, slopes, seen))
+            if ascent is None or step == steps:
+                break
+            at = self._run_forward(value, of, slopes, seen)
+            for i, slope in slopes.items():
+                # where no line below is used, the slope is as good as any other
+                slope.grad = torch.where(_pick(free[i], of), seen[i].clamp(min=0) * at[i], 0)
+            ascent.step()
+            ascent.param_groups[0]["lr"] *= _DECAY
+            for slope in slopes.values():
+                slope.clamp_(0, 1)
+        return best
+
+    def _free(self, i: int) -> Tensor:
+        """Which units of a ReLU node are unstable."""
+        low, high = self.bounds[self.net.nodes[i - 1].inputs[0]]
+        return (low < 0) & (high > 0)
+
+    def _pull_back(
+        self, value: int, rows: Tensor, of: Tensor, slopes: dict[int, Tensor], seen: dict[int, Tensor]
+    ) -> Tensor:
+        """Lower bounds with given slopes of the lines below ReLU; the rows met at each activation go into `seen`.
+
+        The row at the input goes there too, as that of value 0.
+        """
+        pending = {value: rows}
+        constant, size = rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
+        for i in range(value, -1, -1):
+            if i not in pending:
+                continue
+            row = pending.pop(i)
+            if i in self.sizes:
+                size = size + _inner(row.abs(), self.sizes[i], of)
+            if i == 0:
+                seen[0] = row
+                constant = constant + self.region.minimum(row, of)
+                break
+            node = self.net.nodes[i - 1]
+            if node.kind == "activation":
+                seen[i], line = row, self.lines[i]
+                below, above = row.clamp(min=0), row.clamp(max=0)
+                lower = slopes[i] if i in slopes else _pick(line.lower, of)
+                constant = constant + _inner(above, line.upper_offset, of)
+                if bends(node):
+                    constant = constant + _inner(below, line.lower_offset, of)
+                parts: tuple[Tensor, ...] = (below * lower + above * _pick(line.upper, of),)
+            else:
+                if i in self.biases:
+                    constant = constant + row.flatten(1) @ self.biases[i].flatten()
+                parts = adjoint(self.net, i, row)
+            for j, part in zip(node.inputs, parts, strict=True):
+                if j in pending:
+                    part = pending[j] + part
+                    size = size + _inner(part.abs(), _size(self.bounds[j]), of)
+                pending[j] = part
+        bound = constant - _gamma(self.net) * size - self._underflow(value)[of]
+        return torch.where(bound.isnan(), -math.inf, bound)
+
+    def _underflow(self, value: int) -> Tensor:
+        """What products too small to be normal numbers may add up to, for each sample."""
+        ends = (_size(bounds).flatten(1) for bounds in self.bounds[: value + 1])
+        total = sum(((1 + size).sum(1) for size in ends), self.region.radius.new_zeros(()))
+        return total * (_gamma(self.net) * 2.0**53 * TINY)
+
+    def _run_forward(
+        self, value: int, of: Tensor, slopes: dict[int, Tensor], seen: dict[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """What each activation sees at the minimisers of the rows, if it is replaced by the lines that the rows use.
+
+        The bound is the value of that affine network there, so its derivative with respect to the slope of a line below
+        is the row's coefficient, where it is positive, times this.
+        """
+        at: dict[int, Tensor] = {}
+        values = [self.region.minimiser(seen[0], of)]
+        for i, node in enumerate(self.net.nodes[: value - 1], 1):
+            before = [values[j] for j in node.inputs]
+            if i in seen:
+                at[i], line, below = before[0], self.lines[i], seen[i] > 0
+                lower = slopes[i] if i in slopes else _pick(line.lower, of)
+                slope = torch.where(below, lower, _pick(line.upper, of))
+                offset = torch.where(below, _pick(line.lower_offset, of), _pick(line.upper_offset, of))
+                values.append(slope * before[0] + offset)
+            else:  # an activation that is not on the way changes nothing
+                values.append(before[0] if node.kind == "activation" else node.call(*before))
+        return at
+
+
+def relax(
+    net: Net,
+    centre: Tensor,
+    radius: float | Tensor,
+    norm_name: str,
+    box: tuple[float, float] | None = None,
+    refine: float = math.inf,
+) -> Relaxation:
+    """The lines and bounds that `linear` uses: most of its time, to be spent once where several rows are asked for.
+
+    Parameters
+    ----------
+    net, centre, radius, norm_name, box, refine
+        As for `linear`.
+
+    Returns
+    -------
+    Relaxation
+
+    Raises
+    ------
+    NotPiecewiseAffine
+        Names a layer that is bounded only.
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> net = from_module(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)))
+    >>> relax(net, torch.zeros(1, 2), 1.0, "L2").least(margins(net, [(0, 1)])).shape
+    torch.Size([1, 1])
+    """
+    flat = without_pooling(net)[0]
+    region = _region(net, centre, radius, norm_name, box)
+    known = Relaxation(flat, region, [region.interval()])
+    known.sizes[0] = _size(known.bounds[0])
     affine = {0}  # the values that are affine functions of the input
     refined = {0}  # over the region itself the interval is what a backward pass would give
-    for i, node in enumerate(net.nodes, 1):
+    for i, node in enumerate(flat.nodes, 1):
+        j = node.inputs[0]
         if node.kind == "activation":
-            j = node.inputs[0]
             if j not in refined and (j in affine or math.prod(node.shape) <= refine):
-                bounds[j] = _refine(net, j, bounds[j], lines, region, everywhere=_bends(node))
+                known.bounds[j] = _refine(known, j, everywhere=bends(node))
                 refined.add(j)
-            lines[i] = _bent_lines(node.call, *bounds[j]) if _bends(node) else _relu_lines(*bounds[j])
-        elif affine.issuperset(node.inputs):
+            line = bent_lines(node, *known.bounds[j]) if bends(node) else relu_lines(*known.bounds[j])
+            # a slope may be raised to 1
+            steep = line.lower.abs().maximum(line.upper.abs()).ceil()
+            offset = line.lower_offset.abs().maximum(line.upper_offset.abs())
+            known.lines[i], known.sizes[i] = line, steep * _size(known.bounds[j]) + offset
+        elif node.kind == "affine":
+            assert node.absolute is not None
+            bias, size = _bias(node, known.bounds[j][0])
+            known.sizes[i] = node.absolute(_size(known.bounds[j])) + size
+            if bool(bias.any()):
+                known.biases[i] = bias.expand(1, *node.shape)
+        if node.kind != "activation" and affine.issuperset(node.inputs):
             affine.add(i)
-        bounds.append(_image(node, [bounds[j] for j in node.inputs]))
-    return lines, bounds
+        known.bounds.append(_image(node, [known.bounds[k] for k in node.inputs], _gamma(flat)))
+    return known
 
 
-def _refine(net: Net, value: int, known: Bounds, lines: dict[int, _Lines], region: _Region, everywhere: bool) -> Bounds:
+def _refine(known: Relaxation, value: int, everywhere: bool) -> Bounds:
     """Bounds of a value by backward passes, at least as tight as those known.
 
     Units whose ReLU is decided by what is known are left as they are, unless `everywhere`.
     """
-    low, high = (side.flatten(1).clone() for side in known)
+    low, high = (side.flatten(1).clone() for side in known.bounds[value])
     of, unit = (low < high if everywhere else (low < 0) & (high > 0)).nonzero().T
-    for sample, at in zip(of.split(_rows(net)), unit.split(_rows(net)), strict=True):
+    size = _rows(known.net)
+    for sample, at in zip(of.split(size), unit.split(size), strict=True):
         rows = low.new_zeros(len(at), low.shape[1])
         rows[torch.arange(len(at), device=at.device), at] = 1
-        least, largest = _extremes(net, value, rows.view(len(at), *known[0].shape[1:]), sample, lines, region)
-        low[sample, at] = low[sample, at].maximum(least)
-        high[sample, at] = high[sample, at].minimum(largest)
-    return low.view_as(known[0]), high.view_as(known[1])
+        rows = rows.view(len(at), *known.bounds[value][0].shape[1:])
+        low[sample, at] = low[sample, at].maximum(known._least(value, rows, sample))
+        high[sample, at] = high[sample, at].minimum(-known._least(value, -rows, sample))
+    return low.view_as(known.bounds[value][0]), high.view_as(known.bounds[value][1])
 
 
-def _rows(net: Net) -> int:
-    """How many rows are pulled back at a time."""
+def _rows(net: Net, climbing: bool = False) -> int:
+    """How many rows are pulled back at a time; to climb, what every activation sees is kept."""
     widest = max(math.prod(value_shape(net, i)) for i in range(len(net.nodes) + 1))
-    return max(1, _CHUNK // widest)
-
-
-def _extremes(net: Net, value: int, rows: Tensor, of: Tensor, lines: dict[int, _Lines], region: _Region) -> Bounds:
-    """The least and the largest value that rows of coefficients of a value can take, each over its own region."""
-    least, largest = [], []
-    for part, sample in zip(rows.split(_rows(net)), of.split(_rows(net)), strict=True):
-        both = _pull_back(net, value, torch.cat([part, -part]), torch.cat([sample, sample]), lines, region)
-        least.append(both[: len(part)])
-        largest.append(-both[len(part) :])
-    return torch.cat(least), torch.cat(largest)
-
-
-def _pull_back(net: Net, value: int, rows: Tensor, of: Tensor, lines: dict[int, _Lines], region: _Region) -> Tensor:
-    """A lower bound of each row of coefficients of a value, (M, *shape of the value), over region `of`."""
-    pending = {value: rows}
-    constant, size = rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
-    for i in range(value, 0, -1):
-        if i not in pending:
-            continue
-        row, node = pending.pop(i), net.nodes[i - 1]
-        if node.kind == "activation":
-            line = lines[i]
-            positive, negative = row.clamp(min=0), row.clamp(max=0)
-            terms = positive * line.lower_offset[of] + negative * line.upper_offset[of]
-            parts: tuple[Tensor, ...] = (positive * line.lower[of] + negative * line.upper[of],)
-        else:
-            _refuse(node)
-            terms = row * node.call(*(row.new_zeros(1, *value_shape(net, j)) for j in node.inputs))
-            parts = adjoint(net, i, row)
-        constant = constant + terms.flatten(1).sum(1)
-        size = size + terms.abs().flatten(1).sum(1)
-        for j, part in zip(node.inputs, parts, strict=True):
-            pending[j] = pending[j] + part if j in pending else part
-    if 0 in pending:
-        least, terms = region.minimum(pending[0], of)
-        constant, size = constant + least, size + terms
-    return constant - ROUNDING * size
-
-
-def _relu_lines(low: Tensor, high: Tensor) -> _Lines:
-    """CROWN's lines for ReLU over [low, high]."""
-    unstable = (low < 0) & (high > 0)
-    on = (low >= 0).to(low)
-    chord = torch.where(unstable, high / (high - low).clamp(min=1e-300), on)
-    lower = torch.where(unstable, (high > -low).to(low), on)
-    return _Lines(lower, torch.zeros_like(low), chord, torch.where(unstable, -chord * low, 0.0))
-
-
-def _bent_lines(call: Map, low: Tensor, high: Tensor) -> _Lines:
-    """Lines for a smooth activation: of two slopes that with the tighter line in the middle of [low, high]."""
-    middle = (low + high) / 2
-    tangent = _derivative(call, middle)
-    wide = high - low > 1e-6  # the chord of a shorter interval is lost to rounding
-    chord = torch.where(wide, (call(high) - call(low)) / (high - low).clamp(min=1e-6), tangent)
-    (tangent_below, tangent_above), (chord_below, chord_above) = (
-        _touching(call, slope, low, high) for slope in (tangent, chord)
-    )
-
-    lower = tangent * middle + tangent_below > chord * middle + chord_below
-    upper = tangent * middle + tangent_above < chord * middle + chord_above
-    return _Lines(
-        torch.where(lower, tangent, chord),
-        torch.where(lower, tangent_below, chord_below),
-        torch.where(upper, tangent, chord),
-        torch.where(upper, tangent_above, chord_above),
-    )
-
-
-def _touching(call: Map, slope: Tensor, low: Tensor, high: Tensor) -> Bounds:
-    """The offsets of the lines of a given slope that touch the graph of an activation over [low, high].
-
-    The extremes of f(x) - slope x are at the ends or where f' is the slope; between turning points of f' there is at
-    most one such place, found by bisection. An error there enters the offset squared.
-    """
-    ends = [low, *(t.clamp(low, high) for t in _turning_points(call)[1].to(low)), high]
-    left, right = torch.stack(ends[:-1]), torch.stack(ends[1:])
-    rising = _derivative(call, right) > _derivative(call, left)
-    # down to 2^-40, as the derivative may turn within a few units of a range however wide
-    widest = float((right - left).amax()) if left.numel() else 0.0
-    for _ in range(40 + max(0, math.frexp(widest)[1])):
-        middle = (left + right) / 2
-        go_right = (_derivative(call, middle) < slope) == rising
-        left, right = torch.where(go_right, middle, left), torch.where(go_right, right, middle)
-    gap = torch.stack([call(x) - slope * x for x in (*ends, *left)])
-    slack = ROUNDING * (1 + gap.abs().amax(0))
-    return gap.amin(0) - slack, gap.amax(0) + slack
-
-
-def _without_pooling(net: Net) -> tuple[Net, list[int]]:
-    """The same function without max pooling, and the place of each old value among the new ones.
-
-    The entries of a window are gathered by linear maps, one for each position in it, and their maximum is built from
-    :math:`\\max(a, b) = a + [b - a]_+`, halving their number each time.
-    """
-    nodes: list[Node] = []
-    place = [0]
-    for i, node in enumerate(net.nodes, 1):
-        moved = replace(node, inputs=tuple(place[j] for j in node.inputs))
-        if node.kind != "maxpool":
-            nodes.append(moved)
-        else:
-            entries = []
-            for index in _entries(*windows(net, i), channels=node.shape[0]):
-                nodes.append(_gather(moved, index))
-                entries.append(len(nodes))
-            while len(entries) > 1:
-                pairs = itertools.zip_longest(entries[::2], entries[1::2])
-                entries = [a if b is None else _maximum(nodes, moved, a, b) for a, b in pairs]
-        place.append(len(nodes))
-    return replace(net, nodes=tuple(nodes)), place
-
-
-def _entries(rows: Tensor, columns: Tensor, channels: int) -> list[Tensor]:
-    """For each position in the window, which entry of the flattened input each output sees.
-
-    A window that the border cuts short sees its last row or column again.
-    """
-    height, width = rows.shape[1], columns.shape[1]
-    down, across = ([_nth(seen, k) for k in range(int(seen.sum(1).max()))] for seen in (rows, columns))
-    channel = torch.arange(channels, device=rows.device)[:, None, None] * (height * width)
-    return [channel + y[:, None] * width + x for y in down for x in across]
-
-
-def _nth(seen: Tensor, k: int) -> Tensor:
-    """The position of the k-th 1 of each row, counted from 0, or of the last one."""
-    order = seen.cumsum(1) * seen
-    return (order == (order.amax(1, keepdim=True)).clamp(max=k + 1)).to(torch.int8).argmax(1)
-
-
-def _gather(node: Node, index: Tensor) -> Node:
-    def call(v: Tensor) -> Tensor:
-        return v.flatten(1)[:, index]
-
-    return Node("affine", node.name, node.inputs, node.shape, call, call, call)
-
-
-def _maximum(nodes: list[Node], node: Node, a: int, b: int) -> int:
-    """Append a + [b - a]_+, and say which value it is."""
-    nodes.append(Node("affine", node.name, (a,), node.shape, operator.neg, operator.neg, lambda v: v))
-    nodes.append(Node("sum", node.name, (b, len(nodes)), node.shape, operator.add))
-    nodes.append(Node("activation", node.name, (len(nodes),), node.shape, relu, activation="relu"))
-    nodes.append(Node("sum", node.name, (a, len(nodes)), node.shape, operator.add))
-    return len(nodes)
+    return max(1, _CHUNK // max(widest, sum(net.units) if climbing else 1))

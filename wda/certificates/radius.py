@@ -338,7 +338,7 @@ class _Problem:
 
     def rise(self, of: Tensor, reach: float) -> Tensor:
         """How large the margin can get within some distance, by the same constants."""
-        return (self.steepness[self.y[of]] * reach - self.gaps(of)).amax(1) * (1 + _ROUNDING)
+        return (self.steepness[self.y[of]] * reach * (1 + _ROUNDING) - self.gaps(of)).amax(1)
 
     def gaps(self, of: Tensor) -> Tensor:
         """By how much the label certainly leads each rival, (n, K-1)."""
@@ -380,7 +380,7 @@ def _search(problem: _Problem, of: Tensor, upper: Tensor, tolerance: float) -> T
     start = -at_low
     scale = problem.linearised(of)
     for _ in range(_TRIALS):
-        rows = (high - low > tolerance * high).nonzero()[:, 0]
+        rows = (high.isinf() | (high - low > tolerance * high)).nonzero()[:, 0]
         if not len(rows):
             break
         reach = _between(*(v[rows] for v in (low, at_low, high, at_high, start, scale)))

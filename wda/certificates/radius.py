@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wda.certificates.bounds import lipschitz_upper
 from wda.certificates.nearest import nearest
-from wda.certificates.propagation import interval, linear
+from wda.certificates.propagation import interval, relax
 from wda.checks import choice, number, whole
 from wda.checks import interval as checked_interval
 from wda.losses import margin
@@ -54,7 +54,7 @@ def radius(
     of the radius returned is one.
 
     ============ =====================================================================================================
-    "optimised"  backward linear bounds with the slopes of ReLU optimised for each rival (`propagation.linear`);
+    "optimised"  backward linear bounds with the slopes of ReLU optimised for each rival (`propagation.relax`);
                  this is "auto"
     "linear"     the same with fixed slopes
     "interval"   the same with intervals of the logits
@@ -303,26 +303,15 @@ class _Problem:
         return unit[self.rivals(of)] - unit[self.y[of], None]
 
     def bound(self, of: Tensor, reach: Tensor, only_sign: bool = True) -> Tensor:
-        """An upper bound of each margin over its ball; slopes are not optimised where the sign is plain."""
+        """An upper bound of each margin over its ball; slopes are not optimised where all signs are plain."""
         centre, reach = self.x[of], reach.to(self.x)
         if self.method == "interval":
             low, high = interval(self.net, *self.around(of, reach))[-1]
             return (high.gather(1, self.rivals(of)) - low.gather(1, self.y[of, None])).amax(1)
-        found = linear(self.net, self.rows(of), centre, reach, self.norm, self.box, self.refine)[1]
-        if self.method == "optimised":
-            again = (found.amax(1) >= 0).nonzero()[:, 0] if only_sign else torch.arange(len(of))
-            if len(again):
-                better = linear(
-                    self.net,
-                    self.rows(of[again]),
-                    centre[again],
-                    reach[again],
-                    self.norm,
-                    self.box,
-                    self.refine,
-                    _STEPS,
-                )
-                found[again] = better[1]
+        relaxed = relax(self.net, centre, reach, self.norm, self.box, self.refine)
+        found = -relaxed.least(-self.rows(of))
+        if self.method == "optimised" and not (only_sign and bool((found < 0).all())):
+            found = -relaxed.least(-self.rows(of), _STEPS)
         return found.amax(1)
 
     def around(self, of: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ class Nearest:
     @property
     def exact(self) -> Tensor:
         """Where the bounds agree to a relative 1e-5, or both are infinite; bool (N,)."""
-        return (self.lower == self.upper) | (self.upper - self.lower <= _EXACT * self.upper)
+        return self.upper <= (1 + _EXACT) * self.lower
 
 
 def nearest(

@@ -465,6 +465,14 @@ def test_support_where_the_rooms_fill_the_ball_but_for_rounding(n: int) -> None:
     assert (norms.norm(moved - start, "L2") >= radius * (1 - 1e-6)).all()
 
 
+@pytest.mark.parametrize("name", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("radius", [0.3, 1.0, 3.0])
+def test_the_gradient_of_the_support_is_its_maximiser(radius: float, name: str) -> None:
+    g, start = (uniform(3, 3, 20) - 0.5).requires_grad_(), uniform(4, 3, 20)
+    start[:, :5] = 1  # no room where g is positive
+    assert torch.autograd.gradcheck(lambda g: norms.support(g, start, radius, name, BOX), g)
+
+
 # -- least displacement ----------------------------------------------------------------------------------------------
 
 

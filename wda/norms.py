@@ -388,7 +388,8 @@ def support(
     elif name == "L2":
         move, unit = _in_unit(room)
         outside = torch.linalg.vector_norm(move, dim=1) > (limit / unit)[:, 0]
-        move[outside] = _shrink_l2(size[outside], move[outside], (limit / unit)[outside])
+        # a maximum's gradient is that of its maximiser, held fixed; through the formula it would be 0 times infinity
+        move[outside] = _shrink_l2(size.detach()[outside], move[outside], (limit / unit)[outside])
         move = move * unit
     else:
         size, order = size.sort(dim=1, descending=True)

@@ -496,7 +496,7 @@ class Relaxation:
     biases: dict[int, Tensor] = field(default_factory=dict)
     sizes: dict[int, Tensor] = field(default_factory=dict)
 
-    def least(self, rows: Tensor, steps: int = 0) -> Tensor:
+    def least(self, rows: Tensor, steps: int = 0, of: Tensor | None = None) -> Tensor:
         r"""Lower bounds of linear functions of the logits; ``-least(-rows)`` are upper bounds.
 
         With `steps`, the slopes :math:`\alpha \in [0, 1]` of the lines below unstable ReLU units are optimised for each
@@ -507,16 +507,20 @@ class Relaxation:
 
         Parameters
         ----------
-        rows : Tensor, shape (R, K) or (N, R, K)
+        rows : Tensor, shape (R, K) or (N, R, K); with `of` (M, K)
         steps : int
+        of : int64 Tensor, shape (M,), optional
+            For which sample each row is; by default all rows are for all samples.
 
         Returns
         -------
-        Tensor, shape (N, R)
+        Tensor, shape (N, R); with `of` (M,)
         """
         steps = whole("steps", steps, 0)
-        count = len(self.region.centre)
-        rows = rows.to(self.net.like).expand(count, -1, -1) if rows.ndim == 2 else rows.to(self.net.like)
+        count, rows = len(self.region.centre), rows.to(self.net.like)
+        if of is not None:
+            return self._least(len(self.net.nodes), rows, of, steps)
+        rows = rows.expand(count, -1, -1) if rows.ndim == 2 else rows
         of = torch.arange(count, device=rows.device).repeat_interleave(rows.shape[1])
         return self._least(len(self.net.nodes), rows.flatten(0, 1), of, steps).view(count, -1)
 

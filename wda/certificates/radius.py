@@ -303,15 +303,17 @@ class _Problem:
         return unit[self.rivals(of)] - unit[self.y[of], None]
 
     def bound(self, of: Tensor, reach: Tensor, only_sign: bool = True) -> Tensor:
-        """An upper bound of each margin over its ball; slopes are not optimised where all signs are plain."""
+        """An upper bound of each margin over its ball; slopes are not optimised where the sign is plain."""
         centre, reach = self.x[of], reach.to(self.x)
         if self.method == "interval":
             low, high = interval(self.net, *self.around(of, reach))[-1]
             return (high.gather(1, self.rivals(of)) - low.gather(1, self.y[of, None])).amax(1)
         relaxed = relax(self.net, centre, reach, self.norm, self.box, self.refine)
-        found = -relaxed.least(-self.rows(of))
-        if self.method == "optimised" and not (only_sign and bool((found < 0).all())):
-            found = -relaxed.least(-self.rows(of), _STEPS)
+        rows = self.rows(of)
+        found = -relaxed.least(-rows)
+        if self.method == "optimised":
+            undecided = found >= 0 if only_sign else torch.ones_like(found, dtype=torch.bool)
+            found[undecided] = -relaxed.least(-rows[undecided], _STEPS, of=undecided.nonzero()[:, 0])
         return found.amax(1)
 
     def around(self, of: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:

@@ -350,8 +350,8 @@ class _Region:
 
 
 def _alone(of: Tensor) -> bool:
-    """Whether all rows are of one sample; rows come in the order of their samples."""
-    return len(of) > 0 and bool(of[0] == of[-1])
+    """Whether all rows are of one sample."""
+    return len(of) > 0 and bool((of == of[0]).all())
 
 
 def _pick(values: Tensor, of: Tensor) -> Tensor:

@@ -394,7 +394,7 @@ def _between(low: Tensor, at_low: Tensor, high: Tensor, at_high: Tensor, start: 
     """
     share = -at_low / (at_high - at_low)
     inner = (low**2 + share * (high**2 - low**2)).sqrt()
-    grown = low * (start / (start + at_low)).sqrt().clamp(1.2, 4)
+    grown = low * (start / (start + at_low).clamp(min=0)).sqrt().clamp(1.2, 4)
     outer = torch.where(low > 0, grown, torch.where(scale.isfinite() & (scale > 0), scale / 2, 1.0))
     reach = torch.where(at_high.isfinite(), inner, outer)
     width = high - low

@@ -200,6 +200,8 @@ class Bracket:
             record = json.loads(Path(path).read_text())
             sides = ([math.inf if d is None else d for d in record[name]] for name in _SIDES)
             lower, upper = (torch.tensor(side, dtype=torch.float64) for side in sides)
+            if lower.shape != upper.shape or not bool((torch.stack([lower, upper]) >= 0).all()):
+                raise ValueError("as many radii as distances are needed, none of them negative")
             return cls(Threat(**record["threat"]), lower, upper, None, record["why"], tuple(record["seconds"]))
         except FileNotFoundError:
             raise

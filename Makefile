@@ -53,7 +53,7 @@ theory: env  ## check the certificates on 300 random networks and record it (4 m
 recession: env  ## bound the slope l of every network at hand and record it (3 minutes, and 12 more where WDA_DATA is set)
 	$(BIN)/python workflow/recession.py
 
-hunt: env  ## look for errors inside certified balls and record that none is found (8 minutes, and 10 more where WDA_DATA is set)
+hunt: env  ## look for errors in certified balls and record that none is found (5 minutes, and 5 more where WDA_DATA is set)
 	$(BIN)/python workflow/hunt.py
 	$(BIN)/python workflow/hunt.py --plant
 

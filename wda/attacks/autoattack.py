@@ -231,6 +231,8 @@ def autoattack(
     True
     """
     members = _MEMBERS[choice("version", version, _MEMBERS)]
+    if not isinstance(state, str | os.PathLike | None):
+        raise TypeError(f"state={state!r}: a path, or None, is accepted")
     logits = oracle.logits(x)
     classes = logits.shape[1]
     adapter = _Adapter(oracle, x, ball.box, classes)

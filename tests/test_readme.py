@@ -44,8 +44,11 @@ def test_commands_name_existing_targets_and_parameters() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^make ([a-z]+)", README, re.MULTILINE))
     assert {"book", "test"} <= named <= targets
-    declared = papermill.inspect_notebook(str(ROOT / "notebooks" / "attack.ipynb")).keys()
-    assert set(re.findall(r"-p (\w+) ", README)) <= set(declared)
+    commands = re.findall(r"wda run (notebooks/\w+\.ipynb)((?:.*\\\n)*.*)", README)
+    assert {name for name, _ in commands} == {"notebooks/attack.ipynb", "notebooks/bracket.ipynb"}
+    for name, words in commands:
+        declared = papermill.inspect_notebook(str(ROOT / name)).keys()
+        assert {"model", *re.findall(r"-p (\w+) ", words)} <= set(declared)
 
 
 def test_links_lead_to_files() -> None:

@@ -445,8 +445,10 @@ def test_risks_of_networks_and_of_other_balls(name: str) -> None:
         assert float(lower[0]) == pytest.approx(b.clean, abs=1e-12)
         # adversaries of other orders have less
         assert (lower <= b.curve(eps, 1)[0] + 1e-9).all()
-    lower, upper = b.curve([0.05])
+    lower, upper = b.curve("1/20")
+    assert lower.shape == upper.shape == ()
     assert (float(lower), float(upper)) == pytest.approx((b.lower, b.upper))
+    assert b.curve([[0.1, 2.0]])[0].shape == (1, 2)
     # an attack of another kind stays below
     for order in (2.0, math.inf):
         adv = wda.attack("wda", model, x, y, Threat(name, 0.05, order), kappa=1, **QUIET)

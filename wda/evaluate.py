@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from wda.attacks import Distances, attack, distances
 from wda.budget import robust_accuracy, spend
 from wda.certificates.nearest import Nearest, nearest
-from wda.certificates.radius import margin_bound, radius, read, verified
-from wda.checks import number, whole
+from wda.certificates.radius import METHODS, margin_bound, radius, read, verified
+from wda.checks import choice, number, whole
 from wda.errors import NotPiecewiseAffine
 from wda.files import write_atomically
 from wda.losses import margin, rival_logits
@@ -212,10 +213,17 @@ class Bracket:
 _SIDES = ("radius", "distance")
 
 
+def _budgets(eps: Budgets) -> Tensor:
+    """Radii of balls, one of which may be a fraction, in float64."""
+    accepted = 'a finite number >= 0, or a fraction such as "8/255",'
+    value = number("eps", eps, accepted, 0, sys.float_info.max) if isinstance(eps, str) else eps
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
 def _certified_accuracy(radius: Tensor, eps: Budgets, order: float | str) -> Tensor:
     """The optimal budget over certified radii: errors are beyond them, and sums of powers are rounded upward."""
     beyond = torch.nextafter(radius, torch.full_like(radius, math.inf)).where(radius > 0, 0.0)
-    budgets = torch.as_tensor(Threat(eps=eps).eps if isinstance(eps, str) else eps, dtype=torch.float64)
+    budgets = _budgets(eps)
     spare = 0.0 if math.isinf(Threat(order=order).order) else 2.0**-40 + 2.0**-52 * len(radius)
     return robust_accuracy(beyond, budgets * (1 + spare), order)
 
@@ -281,6 +289,7 @@ def bracket(
     >>> bracket(wda.models.load("digits-mlp"), x, y, Threat("Linf", eps=0.05, order=2), steps=10).why is None
     True
     """
+    choice("method", method, METHODS)
     start = time.monotonic()
     options = {"seed": seed, "batch_size": batch_size, "progress": progress, **parameters}
     found = distances(model, x, y, threat.norm, threat.box, **options)  # type: ignore[arg-type]
@@ -399,13 +408,13 @@ class RiskBracket:
     attacked: Tensor
     certified: Tensor
 
-    def curve(self, eps: Sequence[float] | Tensor, order: float | str | None = None) -> tuple[Tensor, Tensor]:
+    def curve(self, eps: Budgets, order: float | str | None = None) -> tuple[Tensor, Tensor]:
         """The bracket in balls of other radii, and of another order if one is given; as for `Bracket.curve`."""
-        p = self.threat.order if order is None else order
-        balls = [Threat(self.threat.norm, float(e), p, self.threat.box) for e in torch.as_tensor(eps).flatten()]
+        p, budgets = self.threat.order if order is None else order, _budgets(eps)
+        balls = [_ball(self.threat, e, p) for e in budgets.flatten().tolist()]
         pairs = [_risks(self.radii, self.attacked, self.certified, ball) for ball in balls]
-        lower, upper = zip(*pairs, strict=True)
-        return torch.tensor(lower, dtype=torch.float64), torch.tensor(upper, dtype=torch.float64)
+        lower, upper = budgets.new_tensor(pairs).view(*budgets.shape, 2).unbind(-1)
+        return lower, upper
 
 
 def risk_bracket(
@@ -487,10 +496,10 @@ def risk_bracket(
     return RiskBracket(threat, float(attacked[:, 0].mean()), lower, upper, radii, attacked, certified)
 
 
-def _ball(threat: Threat, reach: float) -> Threat:
+def _ball(threat: Threat, eps: float, order: float | str = math.inf) -> Threat:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the last radius holds all of the box, on purpose
-        return replace(threat, eps=reach, order=math.inf)
+        warnings.simplefilter("ignore")  # the largest balls hold all of the box, on purpose
+        return Threat(threat.norm, eps, order, threat.box)
 
 
 def _grid(x: Tensor, threat: Threat, count: int) -> Tensor:
@@ -513,7 +522,7 @@ def _risks(radii: Tensor, attacked: Tensor, certified: Tensor, threat: Threat) -
     if math.isinf(threat.order):
         above = certified[:, min(int((radii < threat.eps).sum()), len(radii) - 1)]
         return float(lower), float(above.mean())
-    wider = replace(threat, eps=threat.eps * (1 + 2.0**-39 + 2.0**-51 * t.numel()))
+    wider = _ball(threat, threat.eps * (1 + 2.0**-39 + 2.0**-51 * t.numel()), threat.order)
     beyond = torch.cat([certified[:, 1:], certified[:, -1:]], 1) if threat.eps > 0 else certified
     upper = (spend(t, beyond, wider) * beyond).sum(1).mean()
     return float(lower), float(upper)

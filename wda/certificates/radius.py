@@ -121,9 +121,8 @@ def radius(
     found = problem.least()
     right = found.nonzero()[:, 0]
     if problem.method == "milp":
-        found = nearest(
-            problem.net, x, y, norm, problem.box, time_limit=time_limit, upper=upper, progress=progress
-        ).lower
+        known = nearest(problem.net, x, y, norm, problem.box, time_limit=time_limit, upper=upper, progress=progress)
+        found = found.maximum(known.lower.cpu())
     elif problem.method == "lipschitz":
         found[right] = problem.lipschitz(right).cpu().clamp(min=_LEAST)
     else:

@@ -344,6 +344,25 @@ def test_a_bracket_is_recorded_with_what_made_it(tmp_path: Path) -> None:
         assert rows.width.tolist() == pytest.approx((100 * (upper - lower)).tolist())
 
 
+def test_curves_of_a_bracket_show_what_it_says() -> None:
+    import torch
+
+    from wda import figures
+
+    ends = torch.tensor([0.0, 0.1, 0.4]), torch.tensor([0.0, 0.2, torch.inf])
+    found = {norm: wda.Bracket(wda.Threat(norm, 0.1), *ends) for norm in ("Linf", "L2")}
+    figure = figures.bracket_curves({"here": found["Linf"]}, 0.5, confidence=0.9)
+    for panel, order in zip(figure.axes, (1, 2, "inf"), strict=True):
+        eps = panel.lines[0].get_xdata()
+        shown = [line.get_ydata() for line in panel.lines]
+        expected = [*found["Linf"].curve(eps, order), *found["Linf"].population(eps, order, 0.9)]
+        for line, values in zip(shown, expected, strict=True):
+            assert line == pytest.approx((100 * values).numpy())
+    for brackets in (found, {}):
+        with pytest.raises(ValueError, match="one is accepted"):
+            figures.bracket_curves(brackets, 0.5)
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -29,6 +30,11 @@ each_box = pytest.mark.parametrize("box", [(0.0, 1.0), None], ids=str)
 def accepts(method: str, name: str) -> bool:
     """Mixed-integer programs are for norms that are linear."""
     return method != "milp" or name != "L2"
+
+
+each_pair = pytest.mark.parametrize(
+    ("method", "name"), [pair for pair in itertools.product(METHODS, NORMS) if accepts(*pair)]
+)
 
 
 def small(seed: int, hidden: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
@@ -73,7 +79,7 @@ def sampled(net: nets.Net, x: Tensor, y: Tensor, reach: Tensor, name: str, box: 
 @each_norm
 @each_box
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("classes", "seed"), [(2, 0), (4, 2), (10, 3)])
+@pytest.mark.parametrize(("classes", "seed"), [(2, 0), (10, 3)])
 def test_of_affine_models_it_is_the_distance(
     name: str, box: tuple[float, float] | None, dtype: torch.dtype, classes: int, seed: int
 ) -> None:
@@ -118,17 +124,17 @@ def test_no_certificate_goes_beyond_the_distance_and_each_method_is_better_than_
 @each_norm
 def test_no_point_of_a_certified_ball_is_an_error_whatever_the_layers(name: str) -> None:
     certain = 0
-    for seed in range(6):
+    for seed in range(3):
         net, box = random_network(seed), ((0.0, 1.0), None)[seed % 2]
         x = torch.rand(2, *net.shape, dtype=torch.float64)
         y = net(x).argmax(1)
-        for method in ("linear", "optimised") if seed % 3 < 2 else ("linear",):
+        for method in ("linear", "optimised") if seed < 2 else ("linear",):
             certified = radius(net, x, y, name, box, method=method, tolerance=0.3)
             # where all of the box is safe, any ball will do
             reach = certified.clamp(max=10.0)
             assert (sampled(net, x, y, reach, name, box) < 0).all(), (seed, method)
             certain += int((certified > 1e-6).sum())
-    assert certain > 12
+    assert certain > 6
 
 
 @each_norm
@@ -155,22 +161,16 @@ def line(slope: float, offset: float) -> nn.Module:
     return model
 
 
-@each_norm
-@pytest.mark.parametrize("method", METHODS)
+@each_pair
 def test_ties_and_errors_have_radius_zero(name: str, method: str) -> None:
-    if not accepts(method, name):
-        pytest.skip("mixed-integer programs are for linear norms")
     x, y = torch.tensor([[0.2], [0.5], [0.9]], dtype=torch.float64), torch.tensor([0, 0, 0])
     found = radius(line(1.0, -0.5), x, y, name, method=method, tolerance=1e-6)
     assert found[1:].tolist() == [0, 0]
     assert found[0] == pytest.approx(0.3, rel=1e-5) if method not in ("interval",) else 0 < found[0] <= 0.3
 
 
-@each_norm
-@pytest.mark.parametrize("method", METHODS)
+@each_pair
 def test_a_box_without_errors_is_safe_all_through(name: str, method: str) -> None:
-    if not accepts(method, name):
-        pytest.skip("mixed-integer programs are for linear norms")
     x, y = torch.tensor([[0.2], [0.9]], dtype=torch.float64), torch.tensor([0, 0])
     assert radius(line(0.0, -1.0), x, y, name, method=method).tolist() == [math.inf] * 2
     if method == "lipschitz":  # knows of no box, and so certifies a finite ball
@@ -233,10 +233,11 @@ def test_the_search_ends_as_near_as_asked_for(tolerance: float) -> None:
 @pytest.mark.parametrize("method", ["optimised", "linear", "interval", "lipschitz"])
 def test_neither_the_batch_size_nor_the_order_of_the_samples_matters(name: str, method: str) -> None:
     model, x, y = small(1)
+    x, y = x[:5], y[:5]
     y[2] = (y[2] + 1) % 3
     reference = radius(model, x, y, name, method=method, tolerance=0.05)
     assert reference[2] == 0
-    again = radius(model, x, y, name, method=method, tolerance=0.05, batch_size=3)
+    again = radius(model, x, y, name, method=method, tolerance=0.05, batch_size=2)
     torch.testing.assert_close(again, reference, rtol=1e-7, atol=0)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
     shuffled = radius(model, x[order], y[order], name, method=method, tolerance=0.05, batch_size=1)
@@ -249,7 +250,7 @@ def test_the_function_is_that_of_the_weights_in_double_precision_and_the_model_s
     model = nn.Sequential(block, nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(8, 6), nn.ReLU())
     model = nn.Sequential(*model, nn.Linear(6, 3))
     model[0].branch[1].running_mean.normal_()
-    x = torch.rand(5, 2, 4, 4).requires_grad_()
+    x = torch.rand(2, 2, 4, 4).requires_grad_()
     y = model.eval()(x).argmax(1).int()
     fast = {"method": "linear", "tolerance": 0.2}
     reference = {name: radius(model, x, y, name, **fast) for name in NORMS}

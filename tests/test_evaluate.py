@@ -473,3 +473,14 @@ def test_risks_need_a_box_a_grid_and_layers_that_can_be_bounded() -> None:
     images, labels = wda.data.load("digits", n=2)
     with pytest.raises(wda.errors.NotPiecewiseAffine, match="LayerNorm"):
         risk_bracket(wda.models.load("digits-vit"), images, labels, Threat(), count=2, steps=2, **QUIET)
+
+
+def test_programs_need_relu_and_a_polyhedral_norm() -> None:
+    x, y = wda.data.load("digits", n=2)
+    model = wda.models.load("digits-gelu")
+    b = wda.bracket(model, x, y, Threat("Linf", 0.02), method="milp", steps=5)
+    assert b.upper > 0
+    assert b.why is not None
+    assert "mixed-integer program" in b.why
+    with pytest.raises(ValueError, match="norm='L2': one of 'Linf', 'L1'"):
+        wda.bracket(model, x, y, Threat("L2", 0.02), method="milp")

@@ -138,6 +138,13 @@ class Bracket:
         Returns
         -------
         lower, upper : float64 tensors, of the shape of `eps`
+
+        Examples
+        --------
+        >>> distance = torch.linspace(0.01, 1, 100, dtype=torch.float64)
+        >>> lower, upper = Bracket(Threat("Linf", eps=0.2, order="inf"), distance, distance).population()
+        >>> round(float(lower), 2), round(float(upper), 2)
+        (0.67, 0.94)
         """
         level = number("confidence", confidence, "a number between 0 and 1", 1e-9, 1 - 1e-9)
         N = len(self.radius)
@@ -290,33 +297,29 @@ def bracket(
     True
     """
     choice("method", method, METHODS)
+    if method == "milp":
+        choice("norm", threat.norm, ("Linf", "L1"))
     start = time.monotonic()
     options = {"seed": seed, "batch_size": batch_size, "progress": progress, **parameters}
     found = distances(model, x, y, threat.norm, threat.box, **options)  # type: ignore[arg-type]
+    ball = (threat.norm, threat.box)
     try:
         net = read(model, tuple(x.shape[1:]))
-    except NotPiecewiseAffine as error:
-        return _from_above(threat, found, error)
-    found = _confirmed(found, net, options)
-    middle = time.monotonic()
-    if method == "milp":
-        exact = nearest(
-            net, x, y, threat.norm, threat.box, time_limit=time_limit, upper=found.distance, x_adv=found.x_adv,
-            progress=progress,
-        )  # fmt: skip
-        certified, found = exact.lower, _nearer(found, exact, net)
-    else:
-        try:
-            certified = radius(
-                net, x, y, threat.norm, threat.box, method=method, upper=found.distance, tolerance=tolerance,
-                refine=refine, progress=progress,
-            )  # fmt: skip
+        found = _confirmed(found, net, options)
+        middle, upper = time.monotonic(), found.distance
+        if method == "milp":
+            exact = nearest(net, x, y, *ball, time_limit=time_limit, upper=upper, x_adv=found.x_adv, progress=progress)
+            certified, found = exact.lower, _nearer(found, exact, net)
+        else:
+            search = {"tolerance": tolerance, "refine": refine, "progress": progress}
+            certified = radius(net, x, y, *ball, method=method, upper=upper, **search)  # type: ignore[arg-type]
             if math.isinf(threat.order):
                 certified = _at_eps(net, found, certified, threat, method, tolerance, refine)
-        except NotPiecewiseAffine as error:
-            return _from_above(threat, found, error)
-    seconds = (middle - start, time.monotonic() - middle)
-    return Bracket(threat, certified, found.distance, found, None, seconds)
+    except NotPiecewiseAffine as error:
+        return _from_above(threat, found, error)
+    # an error that is one by less than rounding may be nearer than what a solver certifies
+    certified = certified.minimum(found.distance)
+    return Bracket(threat, certified, found.distance, found, None, (middle - start, time.monotonic() - middle))
 
 
 def _from_above(threat: Threat, found: Distances, error: NotPiecewiseAffine) -> Bracket:
@@ -409,7 +412,15 @@ class RiskBracket:
     certified: Tensor
 
     def curve(self, eps: Budgets, order: float | str | None = None) -> tuple[Tensor, Tensor]:
-        """The bracket in balls of other radii, and of another order if one is given; as for `Bracket.curve`."""
+        """The bracket in balls of other radii, and of another order if one is given; as for `Bracket.curve`.
+
+        Examples
+        --------
+        >>> radii, known = torch.tensor([0.0, 1.0]), torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
+        >>> lower, upper = RiskBracket(Threat("L2", eps=0.5), -1.0, 0.0, 1.0, radii, known, known).curve([0.25, 0.5])
+        >>> lower.round(decimals=6), upper
+        (tensor([-0.5000,  0.0000], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
+        """
         p, budgets = self.threat.order if order is None else order, _budgets(eps)
         balls = [_ball(self.threat, e, p) for e in budgets.flatten().tolist()]
         pairs = [_risks(self.radii, self.attacked, self.certified, ball) for ball in balls]

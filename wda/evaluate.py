@@ -417,9 +417,9 @@ class RiskBracket:
         Examples
         --------
         >>> radii, known = torch.tensor([0.0, 1.0]), torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
-        >>> lower, upper = RiskBracket(Threat("L2", eps=0.5), -1.0, 0.0, 1.0, radii, known, known).curve([0.25, 0.5])
-        >>> lower.round(decimals=6), upper
-        (tensor([-0.5000,  0.0000], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
+        >>> lower, upper = RiskBracket(Threat("L2", eps=0.5), -1.0, 0.0, 1.0, radii, known, known).curve([0.25, 0.4])
+        >>> lower.round(decimals=6).tolist(), upper.tolist()
+        ([-0.5, -0.2], [1.0, 1.0])
         """
         p, budgets = self.threat.order if order is None else order, _budgets(eps)
         balls = [_ball(self.threat, e, p) for e in budgets.flatten().tolist()]

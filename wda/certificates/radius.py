@@ -251,6 +251,11 @@ def read(model: nn.Module | Net, shape: tuple[int, ...]) -> Net:
         Names a layer that cannot be read.
     ValueError
         Names a weight that is NaN or infinite.
+
+    Examples
+    --------
+    >>> read(nn.Linear(2, 3), (2,)).classes
+    3
     """
     if isinstance(model, nn.Module):
         for name, value in model.state_dict().items():

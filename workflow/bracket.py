@@ -58,6 +58,12 @@ CASES = [
     Case("cifar10_oval_base_kw_eps2", "cifar10", 200, "Linf", ("2/255", "1/255", "1/510"), verify=500),
     Case("cifar10_cnn_a_adv", "cifar10", 200, "Linf", ("2/255", "1/255", "1/510"), verify=500),
     Case("cifar10_resnet2b_adv_eps2", "cifar10", 100, "Linf", ("2/255", "1/255", "1/510"), verify=300),
+    Case("mnist_tiny_mlp_20", "mnist", 100, "Linf", ("0.03", "0.02", "0.01"), "milp", verify=500),
+    Case("mnist_lipsdp_50", "mnist", 100, "Linf", ("0.03", "0.02", "0.01"), "milp", verify=500),
+    Case("mnist_lirpa_fc_128_64", "mnist", 100, "Linf", ("0.03", "0.02", "0.01"), verify=500),
+    Case("mnist_rsl18a_2layer", "mnist", 100, "Linf", ("0.1", "0.05", "0.02"), verify=500),
+    Case("mnist_cnn_a_adv", "mnist", 50, "Linf", ("0.3", "0.1", "0.05"), verify=200),
+    Case("cifar10_conv_small_sigmoid_adv", "cifar10", 50, "Linf", ("2/255", "1/255", "1/510"), verify=200),
     Case("mnist_trades_smallcnn", "mnist", 20, "Linf", ("0.3", "0.1", "0.005"), "linear"),
 ]
 

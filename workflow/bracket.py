@@ -65,7 +65,7 @@ CASES = [
     Case("mnist_rsl18a_2layer", "mnist", 100, "Linf", ("0.1", "0.05", "0.02"), verify=500),
     Case("mnist_cnn_a_adv", "mnist", 50, "Linf", ("0.3", "0.1", "0.05"), verify=200),
     Case("cifar10_conv_small_sigmoid_adv", "cifar10", 50, "Linf", ("2/255", "1/255", "1/510"), verify=200),
-    Case("mnist_trades_smallcnn", "mnist", 10, "Linf", ("0.1", "0.05", "0.02"), "linear", only="0.1"),
+    Case("mnist_trades_smallcnn", "mnist", 20, "Linf", ("0.1", "0.05", "0.02"), "linear", only="0.1"),
 ]
 
 

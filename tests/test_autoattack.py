@@ -460,6 +460,10 @@ def test_an_interrupted_ensemble_goes_on_where_it_stopped(tmp_path: Path, monkey
     assert again.counts.backward == 0
     with pytest.raises(ValueError, match="another model, sample, ball"):
         wda.attack("autoattack", model, x, y, threat, state=state, seed=1)
+    with pytest.raises(ValueError, match="another model, sample, ball"):
+        wda.attack("autoattack", lambda points: model(points).flip(1), x, y, threat, state=state)
+    rounded = wda.attack("autoattack", lambda points: model(points) + 1e-6, x, y, threat, state=state)
+    assert rounded.counts.backward == 0
     state.write_bytes(b"no archive")
     with pytest.raises(ValueError, match="damaged"):
         wda.attack("autoattack", model, x, y, threat, state=state)

@@ -15,14 +15,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wda.attacks import Distances, attack, distances
 from wda.budget import robust_accuracy, spend
-from wda.certificates.nearest import Nearest, nearest
-from wda.certificates.radius import METHODS, margin_bound, radius, read, verified
+from wda.certificates.nearest import Nearest
+from wda.certificates.radius import LEAST, METHODS, by_programs, margin_bound, radius, read, verified
 from wda.checks import choice, number, whole
 from wda.errors import NotPiecewiseAffine
 from wda.files import write_atomically
@@ -153,9 +154,7 @@ class Bracket:
         worst, best = self.radius.clone(), self.distance.clone()
         worst[worst.argsort(descending=True)[:moved]] = 0
         best[best.argsort()[:moved]] = math.inf
-        radii = self.threat.eps if eps is None else eps
-        p = self.threat.order if order is None else order
-        return _certified_accuracy(worst, radii, p), robust_accuracy(best, radii, p)
+        return replace(self, radius=worst, distance=best).curve(self.threat.eps if eps is None else eps, order)
 
     def save(self, path: str | os.PathLike[str], **about: object) -> None:
         """Write both sides, without the points, as a record in JSON, atomically.
@@ -297,6 +296,7 @@ def bracket(
     True
     """
     choice("method", method, METHODS)
+    number("tolerance", tolerance, "a number between 0 and 1", 1e-9, 1)
     if method == "milp":
         choice("norm", threat.norm, ("Linf", "L1"))
     start = time.monotonic()
@@ -306,11 +306,13 @@ def bracket(
         net = read(model, tuple(x.shape[1:]))
         found = _confirmed(found, net, options)
         middle = time.monotonic()
-        search: dict[str, object] = {"tolerance": tolerance, "refine": refine, "progress": progress}
+        sample = (net, found.x, found.y, found.norm, found.box)
+        search: dict[str, Any] = {"tolerance": tolerance, "refine": refine, "progress": progress}
         if method == "milp":
-            certified, found = _by_programs(net, found, time_limit, search)
+            exact = by_programs(*sample, time_limit=time_limit, upper=found.distance, x_adv=found.x_adv, **search)
+            certified, found = exact.lower, _nearer(found, exact, net)
         else:
-            certified = _radius(net, found, method, search)
+            certified = radius(*sample, method=method, upper=found.distance, **search)
         if math.isinf(threat.order):
             certified = _at_eps(net, found, certified, threat, method, tolerance, refine)
     except NotPiecewiseAffine as error:
@@ -322,7 +324,7 @@ def bracket(
 
 def _from_above(threat: Threat, found: Distances, error: NotPiecewiseAffine) -> Bracket:
     """The attack's side alone: all that is known of a sample that is right is that it is."""
-    least = (found.distance > 0).double() * torch.finfo(torch.float64).tiny
+    least = (found.distance > 0).double() * LEAST
     return Bracket(threat, least, found.distance, found, str(error), (found.counts.seconds, 0.0))
 
 
@@ -349,30 +351,6 @@ def _confirmed(found: Distances, net: Net, options: dict[str, object]) -> Distan
 def _logits(net: Net, x: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.cat([net(part) for part in x.to(net.like).split(64)])
-
-
-def _radius(net: Net, found: Distances, method: str, search: dict[str, object]) -> Tensor:
-    return radius(
-        net,
-        found.x,
-        found.y,
-        found.norm,
-        found.box,
-        method=method,
-        upper=found.distance,
-        **search,  # type: ignore[arg-type]
-    )
-
-
-def _by_programs(net: Net, found: Distances, time_limit: float, search: dict[str, object]) -> tuple[Tensor, Distances]:
-    """Exact distances and their witnesses; where time ran out, the better of both kinds of certificate."""
-    exact = nearest(
-        net, found.x, found.y, found.norm, found.box, time_limit=time_limit, upper=found.distance, x_adv=found.x_adv
-    )
-    certified, found = exact.lower, _nearer(found, exact, net)
-    if not bool(exact.exact.all()):
-        certified = certified.maximum(_radius(net, found, "optimised", search))
-    return certified, found
 
 
 def _nearer(found: Distances, exact: Nearest, net: Net) -> Distances:

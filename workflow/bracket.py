@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import wda
-from wda.certificates.radius import verified
+from wda.certificates.radius import LEAST, verified
 from wda.evaluate import Bracket, bracket
 from wda.experiment import provenance
 
@@ -102,7 +102,7 @@ def at_one(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, case: Case)
     found = wda.distances(model, x, y, case.norm, progress=False)
     middle = time.monotonic()
     holds = verified(model, x, y, case.norm, case.only, method=case.method, batch_size=1, progress=False)
-    least = (found.distance > 0).double() * torch.finfo(torch.float64).tiny
+    least = (found.distance > 0).double() * LEAST
     certified = torch.where(holds, threat.eps, least)
     return Bracket(threat, certified, found.distance, found, None, (middle - start, time.monotonic() - middle))
 

@@ -244,8 +244,8 @@ def autoattack(
             stacklevel=4,
         )
     points, standing = x.clone(), (margin(logits, y) < 0).nonzero()[:, 0]
-    run = _fingerprint(logits, y, ball, version, seed)
-    done = 0 if state is None else _resume(Path(state), run, points)
+    run = _fingerprint(x, y, ball, version, seed)
+    done = 0 if state is None else _resume(Path(state), run, logits, points)
 
     def flip(perturb: Perturb, candidates: Tensor, batch: slice) -> Tensor:
         rows = candidates[batch]
@@ -269,26 +269,35 @@ def autoattack(
             _compare(before - len(standing), before)
         if state is not None:
             with write_atomically(state) as file:
-                np.savez(file, run=np.array(run), done=np.array(count), points=points.cpu().numpy())
+                kept = {"run": run, "logits": _array(logits), "done": count, "points": _array(points)}
+                np.savez(file, **kept)  # type: ignore[arg-type]
     return points
 
 
-def _fingerprint(logits: Tensor, y: Tensor, ball: Threat, version: str, seed: int) -> str:
-    """What tells one run from another; the logits at the sample stand for the model and the sample."""
-    values = logits.detach().double().cpu().numpy().round(3).tobytes() + y.cpu().numpy().tobytes()
+def _fingerprint(x: Tensor, y: Tensor, ball: Threat, version: str, seed: int) -> str:
+    """What tells one run from another, but for the model, whose logits at the sample are compared."""
+    values = _array(x).tobytes() + y.cpu().numpy().tobytes()
     return hashlib.sha256(values + repr((ball, ball.box, version, seed)).encode()).hexdigest()
 
 
-def _resume(state: Path, run: str, points: Tensor) -> int:
+def _array(values: Tensor) -> np.ndarray:
+    """In float64, which holds every dtype exactly, and which NumPy knows."""
+    return values.detach().double().cpu().numpy()
+
+
+def _resume(state: Path, run: str, logits: Tensor, points: Tensor) -> int:
     """Put the points of an interrupted run in place, and say how many members are done; 0 if there is no such run."""
     if not state.exists():
         return 0
     try:
         with np.load(state, allow_pickle=False) as kept:
             same, done, found = str(kept["run"]) == run, int(kept["done"]), torch.from_numpy(kept["points"])
+            # another batch size or device rounds in another way
+            before, now = kept["logits"], _array(logits)
+            same = same and before.shape == now.shape and np.allclose(before, now, 1e-3, 1e-3, equal_nan=True)
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"state={str(state)!r}: the file is damaged, or none of autoattack's: remove it") from error
-    if not same or found.shape != points.shape:
+    if not same:
         raise ValueError(f"state={str(state)!r} is of another model, sample, ball, version or seed: name another file")
     points.copy_(found)
     return done

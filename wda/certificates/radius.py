@@ -3,13 +3,15 @@ r"""How far each sample certainly is from its nearest error: a certificate for o
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wda.certificates.bounds import lipschitz_upper
-from wda.certificates.nearest import nearest
+from wda.certificates.nearest import Nearest, nearest
 from wda.certificates.propagation import interval, relax
 from wda.checks import choice, number, whole
 from wda.checks import interval as checked_interval
@@ -19,7 +21,7 @@ from wda.norms import clamp, dual, exponent
 from wda.norms import norm as lengths
 from wda.passes import batches, check_labels, check_sample
 
-__all__ = ["METHODS", "margin_bound", "radius", "read", "verified"]
+__all__ = ["LEAST", "METHODS", "by_programs", "margin_bound", "radius", "read", "verified"]
 
 METHODS = ("auto", "optimised", "linear", "interval", "lipschitz", "milp")
 
@@ -29,8 +31,8 @@ _STEPS = 20
 _TRIALS = 30
 # of the size of the logits: more than rounding makes of a difference of two of them
 _ROUNDING = 1e-9
-# the radius of a sample that is right, where nothing more is certified
-_LEAST = torch.finfo(torch.float64).tiny
+LEAST = torch.finfo(torch.float64).tiny
+"""The radius of a sample that is right, where nothing more is certified."""
 
 
 def radius(
@@ -122,15 +124,64 @@ def radius(
     found = problem.least()
     right = found.nonzero()[:, 0]
     if problem.method == "milp":
-        known = nearest(problem.net, x, y, norm, problem.box, time_limit=time_limit, upper=upper, progress=progress)
-        found, right = found.maximum(known.lower.cpu()), right[~known.exact.cpu()[right]]
-    if problem.method == "lipschitz":
-        found[right] = problem.lipschitz(right).cpu().clamp(min=_LEAST)
+        search: dict[str, Any] = {
+            "tolerance": tolerance,
+            "refine": refine,
+            "batch_size": batch_size,
+            "progress": progress,
+        }
+        known = by_programs(problem.net, x, y, norm, problem.box, time_limit=time_limit, upper=upper, **search)
+        found = found.maximum(known.lower.cpu())
+    elif problem.method == "lipschitz":
+        found[right] = problem.lipschitz(right).cpu().clamp(min=LEAST)
     else:
         for rows in batches(len(right), whole("batch_size", batch_size), f"certificate {norm}", progress):
             of = right[rows]
             found[of] = found[of].maximum(_search(problem, of, limit[of], tolerance))
     return found.to(x.device)
+
+
+def by_programs(
+    net: Net,
+    x: Tensor,
+    y: Tensor,
+    norm: str,
+    box: tuple[float, float] | None,
+    *,
+    time_limit: float,
+    upper: Tensor | None = None,
+    x_adv: Tensor | None = None,
+    **search: Any,
+) -> Nearest:
+    """What `nearest` finds; where its time ran out, the better of its lower bound and that of "optimised".
+
+    Parameters
+    ----------
+    net, x, y, norm, box, time_limit, upper, x_adv
+        As for `nearest`.
+    **search
+        As for `radius`: tolerance, refine, batch_size, progress.
+
+    Returns
+    -------
+    Nearest
+
+    Examples
+    --------
+    >>> import wda
+    >>> x, y = wda.data.load("digits", n=2)
+    >>> net = read(wda.models.load("digits-mlp"), (1, 8, 8))
+    >>> by_programs(net, x, y, "Linf", (0.0, 1.0), time_limit=60.0).exact.tolist()
+    [True, True]
+    """
+    progress = search.get("progress")
+    known = nearest(net, x, y, norm, box, time_limit=time_limit, upper=upper, x_adv=x_adv, progress=progress)
+    rows = (~known.exact).nonzero()[:, 0]
+    if not len(rows):
+        return known
+    limit = known.upper if upper is None else known.upper.minimum(upper.to(known.upper))
+    rest = radius(net, x[rows], y[rows], norm, box, method="optimised", upper=limit[rows], **search)
+    return replace(known, lower=known.lower.index_copy(0, rows, known.lower[rows].maximum(rest)))
 
 
 def verified(
@@ -228,7 +279,6 @@ def margin_bound(
     """
     choice("method", method, ("auto", "optimised", "linear", "interval"))
     problem = _Problem(model, x, y, norm, box, method, refine)
-    plain = _Problem(problem.net, x, y, norm, box, "interval", refine)
     if radii.ndim != 1 or not bool((radii.isfinite() & (radii >= 0)).all()):
         raise ValueError(f"radii={radii.tolist()}: finite numbers >= 0 are accepted")
     result = torch.empty(len(y), len(radii), dtype=torch.float64)
@@ -236,7 +286,7 @@ def margin_bound(
         of = torch.arange(len(y))[rows]
         for j, reach in enumerate(radii.double().cpu().tolist()):
             at = torch.full((len(of),), reach, dtype=torch.float64)
-            bound = problem.bound(of, at, only_sign=False).minimum(plain.bound(of, at))
+            bound = problem.bound(of, at, only_sign=False).minimum(problem.by_intervals(of, at))
             result[rows, j] = bound.minimum(problem.rise(of, reach)).cpu()
     order = radii.argsort(descending=True).cpu()
     result[:, order] = result[:, order].cummin(1).values
@@ -295,7 +345,7 @@ class _Problem:
     def least(self) -> Tensor:
         """The radii that go without saying, (N,): the least positive number where a sample is right beyond rounding."""
         right = self.margins < -_ROUNDING * self.logits.abs().amax(1)
-        return (right.double() * _LEAST).cpu()
+        return (right.double() * LEAST).cpu()
 
     def rivals(self, of: Tensor) -> Tensor:
         """All classes but the label, (n, K-1)."""
@@ -309,17 +359,20 @@ class _Problem:
 
     def bound(self, of: Tensor, reach: Tensor, only_sign: bool = True) -> Tensor:
         """An upper bound of each margin over its ball; slopes are not optimised where the sign is plain."""
-        centre, reach = self.x[of], reach.to(self.x)
         if self.method == "interval":
-            low, high = interval(self.net, *self.around(of, reach))[-1]
-            return (high.gather(1, self.rivals(of)) - low.gather(1, self.y[of, None])).amax(1)
-        relaxed = relax(self.net, centre, reach, self.norm, self.box, self.refine)
+            return self.by_intervals(of, reach)
+        relaxed = relax(self.net, self.x[of], reach.to(self.x), self.norm, self.box, self.refine)
         rows = self.rows(of)
         found = -relaxed.least(-rows)
-        if self.method in ("optimised", "milp"):
+        if self.method == "optimised":
             undecided = found >= 0 if only_sign else torch.ones_like(found, dtype=torch.bool)
             found[undecided] = -relaxed.least(-rows[undecided], _STEPS, of=undecided.nonzero()[:, 0])
         return found.amax(1)
+
+    def by_intervals(self, of: Tensor, reach: Tensor) -> Tensor:
+        """An upper bound of each margin over its ball, from intervals of the logits."""
+        low, high = interval(self.net, *self.around(of, reach.to(self.x)))[-1]
+        return (high.gather(1, self.rivals(of)) - low.gather(1, self.y[of, None])).amax(1)
 
     def around(self, of: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
         """The least axis-parallel box around each ball, rounded outward, that the box leaves."""

@@ -386,8 +386,8 @@ def method(name: str, chosen: Mapping[str, Any]) -> str:
     >>> method("pgd", {"steps": 9, "loss": "ce"})
     'pgd steps=9'
     """
-    usual = options(name)
-    return " ".join([name, *(f"{key}={value}" for key, value in chosen.items() if value != usual.get(key))])
+    given = {key: chosen[key] for key, usual in options(name).items() if chosen.get(key, usual) != usual}
+    return " ".join([name, *(f"{key}={value}" for key, value in given.items())])
 
 
 def read(folder: str | os.PathLike[str]) -> pd.DataFrame:

@@ -29,8 +29,8 @@ LAYERS = [
     {"distribution", "budget", "cells"},
     {"certificates"},
     {"attacks"},
-    {"evaluate"},
-    {"experiment", "figures"},
+    {"evaluate", "figures"},
+    {"experiment"},
     {"cli"},
 ]
 

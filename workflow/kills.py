@@ -3,7 +3,7 @@
     python workflow/kills.py local --kills 20 --jobs 1
 
 Each kill is SIGKILL to the whole process group, as when a machine dies. Recorded in data/results/sweep/kills.json: the
-kills, the starts and ends of cells, and whether the final tables have the same bytes, timing aside.
+kills, the starts and ends of cells, and whether the final tables have the same bytes, what they cost aside.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
     """Which of the files of the tables have the same bytes."""
     names = sorted({path.name for folder in (one, other) for path in (folder / "tables").iterdir()})
     read = {name: [(folder / "tables" / name).read_bytes() for folder in (one, other)] for name in names}
-    return {name: a == b for name, (a, b) in read.items() if name != "timing.csv"}
+    return {name: a == b for name, (a, b) in read.items() if name != "costs.csv"}
 
 
 def content(path: Path) -> dict[str, Any]:

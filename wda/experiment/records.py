@@ -191,7 +191,8 @@ def merge(records: Sequence[Record]) -> Record:
     """The record of a whole sample from those of its shards: the same as if it had been run at once.
 
     Passes are means over all samples, seconds a sum, and `provenance` the first one's. Each shard inspects the model
-    with two passes of its own; those of one are counted.
+    with two passes of its own; those of one are counted. Passes may still differ a little for attacks that end on a
+    boundary, where rounding decides whether one more is needed.
 
     Raises
     ------

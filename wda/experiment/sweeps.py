@@ -207,7 +207,8 @@ def write_tables(
 ) -> tuple[list[Path], list[Cell]]:
     """Rebuild the tables and figures of a sweep from its records.
 
-    The same records give the same bytes. All that depends on the clock or the machine is in ``timing.csv``.
+    The same records give the same bytes, and but for ``costs.csv`` so do those of another run, in other shards. There
+    the seconds differ, and the passes of some attacks: whether a point on a boundary needs one more, rounding decides.
 
     Parameters
     ----------
@@ -219,7 +220,8 @@ def write_tables(
     -------
     paths : list
         What was written: ``table.csv``, accuracies in per cent; ``cells.csv``, a line for each attack and ball;
-        ``timing.csv``; and a figure, ``NAME-DATA.svg``, for each that the sweep names.
+        ``costs.csv``, passes per sample, seconds and hardware; and figures, ``NAME-DATA.svg``, those that the sweep
+        names.
     missing : list of Cell
         Those without a record.
 
@@ -241,7 +243,7 @@ def write_tables(
     files = {
         "table.csv": wide.to_csv(lineterminator="\n"),
         "cells.csv": _lines(rows, _FOUND),
-        "timing.csv": _lines(rows, ["seconds", "cpu", "gpu", "threads", "commit", "python", "torch"]),
+        "costs.csv": _lines(rows, _COST),
     }
     paths = []
     for name, text in files.items():
@@ -253,7 +255,8 @@ def write_tables(
 
 _KEYS = ["data", "model", "n", "norm", "eps", "order", "label", "kappa", "seed", "dtype"]
 _FOUND = ["clean_accuracy", "clean_low", "clean_high", "accuracy", "low", "high", "risk_ce", "risk_low", "risk_high"]
-_FOUND += ["transport_cost", "forward", "backward", "vanished", "data_sha256", "model_sha256"]
+_FOUND += ["transport_cost", "data_sha256", "model_sha256"]
+_COST = ["forward", "backward", "vanished", "seconds", "cpu", "gpu", "threads", "commit", "python", "torch"]
 
 
 def _lines(rows: pd.DataFrame, columns: list[str]) -> str:

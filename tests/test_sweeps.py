@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_every_attack_is_in_one_of_the_two_tests() -> None:
 @pytest.mark.parametrize("name", COUPLED)
 def test_more_than_one_shard_of_an_attack_that_couples_samples_is_an_error(name: str) -> None:
     Cell(attack=name, eps=0.1, order=2)
-    with pytest.raises(ValueError, match=f"shards=3: attack '{name}' moves samples together, so 1 is accepted"):
+    with pytest.raises(ValueError, match=rf"shards=3: attack '{re.escape(name)}' moves samples together, so 1 is accepted"):
         Cell(attack=name, eps=0.1, order=2, shards=3)
 
 
@@ -293,8 +294,11 @@ def test_records_of_another_version_are_refused(tmp_path: Path, capsys: pytest.C
         assert "a record of version 0.0.1 of wda" in capsys.readouterr().err
 
 
-def test_a_folder_takes_one_sweep_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_takes_one_sweep_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep_of(tmp_path)
+    monkeypatch.setattr("wda.experiment.engine._PATIENCE", 0.2)
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     sweep.add_argument("name", help="of a sweep that comes with wda, or a file that ends in .toml")
     sweep.add_argument("-o", "--output", help="the folder of records, logs and tables (default: results/NAME)")
-    sweep.add_argument("--jobs", type=int, default=1, help="so many cells at once (default: 1)")
+    sweep.add_argument("--jobs", type=int, help="so many cells at once (default: 1, or what the profile says)")
     sweep.add_argument("--shards", type=int, default=1, help="into how many parts to split each sample (default: 1)")
     sweep.add_argument("--threads", type=int, default=1, help="of each cell (default: 1)")
     sweep.add_argument("--profile", help='where cells run: "slurm", or the folder of a Snakemake profile')
@@ -108,6 +109,7 @@ def _run(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from wda.experiment import load_sweep, run_sweep
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what it started ends with it
     try:
         sweep = load_sweep(options.name)
         folder = Path(options.output or f"results/{sweep.name}")
@@ -121,7 +123,7 @@ def _sweep(options: argparse.Namespace) -> int:
             again=options.again,
             say=lambda line: print(line, flush=True),
         )
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"wda sweep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -235,8 +235,8 @@ def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False)
     (True, 10)
     """
     folder = Path(folder)
-    check_writable(folder)
-    with _alone(folder / f".{cell.name}.lock"):
+    check_writable(folder / ".locks")
+    with _alone(folder / ".locks" / cell.name):
         if not again and (done := finished(cell, folder)):
             return done
         _note(folder, "start", cell)

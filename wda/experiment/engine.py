@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -43,7 +45,7 @@ def run_sweep(
     sweep: Sweep,
     folder: str | os.PathLike[str],
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
     shards: int = 1,
     threads: int = 1,
     profile: str | None = None,
@@ -60,8 +62,8 @@ def run_sweep(
     sweep : Sweep
     folder : path
         Made if needed. In it: ``records``, ``log`` with each cell's notebook, and ``snakemake.log``.
-    jobs : int
-        So many cells at once.
+    jobs : int, optional
+        So many cells at once; by default one, or what the profile says.
     shards : int
         Into how many parts the sample is split; where an attack couples samples, it is not split.
     threads : int
@@ -87,22 +89,29 @@ def run_sweep(
     --------
     >>> run_sweep(load_sweep("local"), "results/local", jobs=2)  # doctest: +SKIP
     """
-    jobs, shards, threads = whole("jobs", jobs), whole("shards", shards), whole("threads", threads)
-    where = _profile(profile)
+    jobs = None if jobs is None else whole("jobs", jobs)
+    shards, threads, where = whole("shards", shards), whole("threads", threads), _profile(profile)
+    if importlib.util.find_spec("snakemake") is None:
+        raise ModuleNotFoundError("Snakemake is needed: pip install 'wda[sweep]'")
     folder = Path(folder).resolve()
     records = folder / "records"
     check_writable(records)
     with _only_one(folder / ".lock") as lock:
-        cells = [cell for task in sweep.tasks for cell in _parts(task.cell, records, shards, again)]
+        left = [_parts(task.cell, records, shards, again) for task in sweep.tasks]
+        cells = list(itertools.chain(*left))
         if together := sorted({t.cell.attack for t in sweep.tasks if t.cell.couples and shards > 1}):
             say(f"{', '.join(together)}: one shard, as samples are moved together")
-        say(f"{sweep.name}: {len(cells)} of {len(sweep.tasks)} cells to run" + f", in {shards} shards" * (shards > 1))
+        in_parts = f", in {len(cells)} parts" * (shards > 1)
+        say(f"{sweep.name}: {sum(map(bool, left))} of {len(left)} cells to run{in_parts}")
         if not cells:
             return []
-        _prepare(folder, cells, threads, again)
+        _prepare(folder, cells, threads)
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(shipped() / "sweep.smk")]
         command += ["--directory", str(folder / ".state"), "--keep-going"]
-        command += ["--profile", str(where), "--jobs", str(jobs)] if where else ["--cores", str(jobs * threads)]
+        if where:
+            command += ["--profile", str(where)] + ([] if jobs is None else ["--jobs", str(jobs)])
+        else:
+            command += ["--cores", str((jobs or 1) * threads)]
         with (folder / "snakemake.log").open("w") as log:
             # what Snakemake starts does not inherit the lock: it is free once both of us are gone
             engine = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()])
@@ -123,11 +132,19 @@ def _profile(name: str | None) -> Path | None:
 def _only_one(path: Path) -> Iterator[IO[str]]:
     """Hold the lock of a sweep's folder; it ends with the process, however that ends."""
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"output={str(path.parent)!r}: another sweep is at work in this folder") from error
+        patience = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > patience:
+                    raise ValueError(f"output={str(path.parent)!r}: another sweep is at work in this folder") from error
+                time.sleep(0.1)
         yield file
+
+
+_PATIENCE = 5.0  # seconds that a sweep which was killed may take to die
 
 
 def _parts(cell: Cell, records: Path, shards: int, again: bool) -> list[Cell]:
@@ -142,7 +159,7 @@ def _parts(cell: Cell, records: Path, shards: int, again: bool) -> list[Cell]:
     return [part for part in parts if not (records / f"{part.name}.json").is_file()]
 
 
-def _prepare(folder: Path, cells: list[Cell], threads: int, again: bool) -> None:
+def _prepare(folder: Path, cells: list[Cell], threads: int) -> None:
     """Tell Snakemake what to run. Its own notes of an earlier run are forgotten: the records say what is done."""
     import yaml
 
@@ -174,7 +191,7 @@ def _follow(engine: subprocess.Popen[bytes], records: Path, cells: list[Cell], s
             if done > told:
                 passed = time.monotonic() - start
                 left = passed * (len(cells) - done) / done
-                say(f"{done}/{len(cells)} cells, {passed:.0f} s, about {left:.0f} s left")
+                say(f"{done}/{len(cells)} done, {passed:.0f} s, about {left:.0f} s left")
                 told = done
             if ended:
                 return

@@ -117,11 +117,12 @@ def test_more_shards_than_samples_are_found_before_the_first_pass(tmp_path: Path
 def test_one_record_of_distances_serves_every_budget(tmp_path: Path) -> None:
     x, y = wda.data.load("digits", n=40)
     net = wda.models.load("digits-cnn").double()
+    distances = wda.distances(net, x.double(), y)
     record = run_cell(Cell(model="digits-cnn", n=40), tmp_path)
     for order in (1, 2, math.inf):
         for eps in (0.0, 0.02, 0.1):
             threat = wda.Threat("Linf", eps, order)
-            adv = wda.attack("closest", net, x.double(), y, threat)
+            adv = distances.distribution(threat)
             found = within(record, threat)
             assert found["accuracy"] == pytest.approx(adv.accuracy(net), abs=1e-6)
             assert found["risk_ce"] == pytest.approx(adv.risk(net), abs=1e-6)

@@ -22,7 +22,7 @@ export CHROMEDRIVER ?= $(shell command -v chromedriver)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments theory recession attacks kills slurm benchmarks models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory recession hunt attacks kills slurm benchmarks models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,10 @@ theory: env  ## check the certificates on 300 random networks and record it (4 m
 
 recession: env  ## bound the slope l of every network at hand and record it (3 minutes, and 12 more where WDA_DATA is set)
 	$(BIN)/python workflow/recession.py
+
+hunt: env  ## look for errors in certified balls and record that none is found (5 minutes, and 5 more where WDA_DATA is set)
+	$(BIN)/python workflow/hunt.py
+	$(BIN)/python workflow/hunt.py --plant
 
 attacks: env  ## run every attack on the networks under WDA_DATA and record what is not yet recorded (hours)
 	$(BIN)/python workflow/attacks.py

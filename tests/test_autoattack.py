@@ -7,6 +7,8 @@ import itertools
 import math
 import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pyautoattack.autoattack
 import pyautoattack.autopgd_base
@@ -431,3 +433,33 @@ def test_the_extra_is_named_where_the_package_is_missing(method: str, monkeypatc
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"wda\[attacks\]"):
         attack(method, model, x, y, point_wise("L2", 1.0, BOX))
+
+
+def test_an_interrupted_ensemble_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = wda.data.load("digits", n=4)
+    model, threat, state = wda.models.load("digits-mlp"), Threat("Linf", 0.1, "inf"), tmp_path / "run.npz"
+    whole = wda.attack("autoattack", model, x, y, threat)
+    module, begun = sys.modules["wda.attacks.autoattack"], []
+    member = module._member
+
+    def killed(name: str, *rest: Any) -> Any:
+        begun.append(name)
+        if name == "fab-t" and begun.count(name) == 1:
+            raise KeyboardInterrupt
+        return member(name, *rest)
+
+    monkeypatch.setattr(module, "_member", killed)
+    with pytest.raises(KeyboardInterrupt):
+        wda.attack("autoattack", model, x, y, threat, state=state)
+    resumed = wda.attack("autoattack", model, x, y, threat, state=state)
+    assert begun[:3] == ["apgd-ce", "apgd-t", "fab-t"]
+    assert "apgd-ce" not in begun[3:]
+    torch.testing.assert_close(resumed.x_adv, whole.x_adv)
+    assert resumed.counts.backward < whole.counts.backward
+    again = wda.attack("autoattack", model, x, y, threat, state=state)
+    assert again.counts.backward == 0
+    with pytest.raises(ValueError, match="another model, sample, ball"):
+        wda.attack("autoattack", model, x, y, threat, state=state, seed=1)
+    state.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="damaged"):
+        wda.attack("autoattack", model, x, y, threat, state=state)

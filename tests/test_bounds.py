@@ -17,7 +17,7 @@ from wda.certificates.propagation import margins
 from wda.errors import NotPiecewiseAffine
 from wda.models import Residual
 from wda.nets import Net, from_module
-from wda.norms import dual, norm, support
+from wda.norms import dual, dual_maximiser, norm, project, support
 
 NORMS = ("Linf", "L2", "L1")
 SLACK = 1 + 1e-8
@@ -82,22 +82,38 @@ def points_in(centre: Tensor, radius: float, name: str, box: tuple[float, float]
     return wda.norms.clamp(centre + radius * step / length * (1 - 1e-12), box)
 
 
+def attacked(
+    net: Net, rows: Tensor, centre: Tensor, radius: float, name: str, box: tuple[float, float] | None
+) -> Tensor:
+    """Points of the ball and the box where the rows of the logits are large or small: projected steepest ascent."""
+    goals = torch.cat([rows, -rows])
+    points = centre.expand(len(goals), *centre.shape[1:])
+    for k in range(6):
+        points = points.detach().requires_grad_()
+        (slope,) = torch.autograd.grad((net(points) * goals).sum(), points)
+        step = radius / (1 + k) * dual_maximiser(slope, name)
+        points = project(points.detach() + step, centre.expand_as(points), radius * (1 - 1e-12), name, box)
+    return points
+
+
 def escape(net: Net, name: str, box: tuple[float, float] | None, radius: float, seed: int) -> float:
-    """By how much sampled points leave any of the bounds: of all values, of pre-activations, of margins."""
+    """By how much sampled or attacked points leave any of the bounds: of all values, of pre-activations, of margins."""
     torch.manual_seed(seed)
     centre = torch.rand(2, *net.shape, dtype=torch.float64)
     rows = margins(net, list(itertools.permutations(range(3), 2)))
     reach = radius * torch.ones(1, 1, 1, 1, dtype=torch.float64)
     intervals = propagation.interval(net, centre - reach, centre + reach)
     seen = propagation.preactivations(net, centre, radius, name, box)
-    low, high = propagation.linear(net, rows, centre, radius, name, box)
+    relaxed = propagation.relax(net, centre, radius, name, box)
+    sides = [(relaxed.least(rows, steps), -relaxed.least(-rows, steps)) for steps in (0, 3)]
     worst = -math.inf
     for k in range(2):
-        points = points_in(centre[k : k + 1], radius, name, box, 2000)
+        found = attacked(net, rows, centre[k : k + 1], radius, name, box)
+        points = torch.cat([points_in(centre[k : k + 1], radius, name, box, 2000), found])
         values = net.values(points)
         known = [(a[k : k + 1], b[k : k + 1], v) for (a, b), v in zip(intervals, values, strict=True)]
         known += [(a[k], b[k], z) for (a, b), z in zip(seen, net.preactivations(points), strict=True)]
-        known += [(low[k], high[k], values[-1] @ rows.T)]
+        known += [(low[k], high[k], values[-1] @ rows.T) for low, high in sides]
         worst = max(worst, *(float(torch.maximum(a - v, v - b).max()) for a, b, v in known))
     return worst
 
@@ -122,6 +138,92 @@ def test_a_wrong_line_is_caught_by_the_same_check(kind: str, flaw: str, monkeypa
 
         monkeypatch.setattr(propagation, lines, wrong)
     assert max(escape(network(kind, seed), "Linf", None, 0.3, seed) for seed in range(6)) > 1e-3
+
+
+def coupled(factor: float, seed: int) -> Net:
+    """V ReLU(Wx) - factor V W x: a slope of `factor` below ReLU would cancel all of it."""
+    torch.manual_seed(seed)
+    first, last, shortcut = nn.Linear(16, 4), nn.Linear(4, 3), nn.Linear(16, 3)
+    shortcut.weight.data = -factor * last.weight.data @ first.weight.data
+    return from_module(
+        nn.Sequential(nn.Flatten(), Residual(nn.Sequential(first, nn.ReLU(), last), shortcut)), (1, 4, 4)
+    )
+
+
+@pytest.mark.parametrize("factor", [1.5, -1.0])
+def test_a_slope_outside_0_1_is_caught_by_the_same_check(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = [coupled(factor, seed) for seed in range(3)]
+    assert max(escape(net, "Linf", None, 1.0, 0) for net in nets) <= 0
+    true = propagation.Relaxation._pull_back
+
+    def wrong(
+        known: propagation.Relaxation, value: int, rows: Tensor, of: Tensor, slopes: dict, *rest: object
+    ) -> Tensor:
+        steeper = {i: factor * slope for i, slope in slopes.items()}
+        return true(known, value, rows, of, steeper, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(propagation.Relaxation, "_pull_back", wrong)
+    assert max(escape(net, "Linf", None, 1.0, 0) for net in nets) > 1e-2
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("kind", ["relu", "residual", "max pooling", "overlapping max pooling", "gelu"])
+def test_optimised_slopes_are_never_worse(kind: str, name: str) -> None:
+    better = []
+    for seed, box in enumerate((None, (0.0, 1.0))):
+        net = network(kind, seed)
+        centre, rows = torch.rand(3, *net.shape, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+        radius = torch.tensor([0.0, 0.3, 3.0])
+        relaxed = propagation.relax(net, centre, radius, name, box)
+        low = torch.stack([relaxed.least(rows, steps) for steps in (0, 1, 8)])
+        high = -torch.stack([relaxed.least(-rows, steps) for steps in (0, 1, 8)])
+        assert (low.diff(dim=0) >= 0).all()
+        assert (high.diff(dim=0) <= 0).all()
+        for steps, at in ((0, 0), (8, 2)):  # `linear` gives the same
+            for side, other in zip(
+                propagation.linear(net, rows, centre, radius, name, box, steps=steps), (low, high), strict=True
+            ):
+                torch.testing.assert_close(side, other[at])
+        better.append(float((low[-1] - low[0]).sum()))
+    has_relu = any(node.activation == "relu" for node in pooling.without_pooling(net)[0].nodes)
+    assert (max(better) > 1e-3) == has_relu
+
+
+def triangles(net: Net, row: Tensor, centre: Tensor, radius: float) -> float:
+    """The least value of a row of the logits where each ReLU is put into its triangle: a linear program in "Linf"."""
+    import cvxpy as cp
+
+    seen = [(low[0].numpy(), high[0].numpy()) for low, high in propagation.preactivations(net, centre, radius, "Linf")]
+    x = cp.Variable(net.n)
+    value: cp.Expression = x
+    limits = [cp.abs(x - centre.flatten().numpy()) <= radius]
+    for node in net.nodes[1:]:  # after Flatten
+        if node.kind == "affine":
+            value = node.layer.weight.numpy() @ value + node.layer.bias.numpy()  # type: ignore[union-attr, operator]
+        else:
+            low, high = seen.pop(0)
+            after = cp.Variable(len(low), nonneg=True)
+            limits.append(after >= value)
+            for k in range(len(low)):
+                chord = high[k] * (value[k] - low[k]) / (high[k] - low[k]) if low[k] < 0 < high[k] else None
+                limits.append(after[k] <= chord if chord is not None else after[k] == (value[k] if low[k] >= 0 else 0))
+            value = after
+    return float(cp.Problem(cp.Minimize(row.numpy() @ value), limits).solve(solver=cp.CLARABEL))
+
+
+def test_the_best_slopes_solve_the_linear_program_of_triangles() -> None:
+    """Salman et al. (2019): with the bounds of the pre-activations given, the two are dual to each other."""
+    closed = []
+    for seed in range(5):
+        net = network("relu", seed)
+        centre, row = torch.rand(1, *net.shape, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+        first, last = (propagation.linear(net, row, centre, 0.3, "Linf", steps=steps)[0] for steps in (0, 60))
+        best = triangles(net, row[0], centre, 0.3)
+        assert float(last) <= best + 1e-6
+        if best > first + 1e-3:
+            closed.append(float((last - first) / (best - first)))
+    assert len(closed) >= 2
+    assert min(closed) > 0.95
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -173,6 +275,15 @@ def test_a_batch_gives_what_its_samples_give(kind: str, monkeypatch: pytest.Monk
             torch.testing.assert_close(side[k : k + 1], other)
     values = (rows[3] @ net(centre[3:])[0]).expand(2, 2)  # a ball of radius 0
     torch.testing.assert_close(torch.stack([side[3] for side in together]), values, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_may_be_of_any_samples_in_any_order() -> None:
+    net = network("residual")
+    relaxed = propagation.relax(net, torch.rand(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0.1, 0.2, 1.0]), "Linf")
+    rows, of = torch.randn(5, 3, dtype=torch.float64), torch.tensor([2, 0, 1, 0, 2])
+    for steps in (0, 2):
+        everywhere = relaxed.least(rows, steps)
+        torch.testing.assert_close(relaxed.least(rows, steps, of), everywhere[of, torch.arange(5)])
 
 
 def test_backward_bounds_beat_intervals() -> None:

@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog
+from test_nearest import in_cells
 from torch import Tensor, nn
 
 import wda
-from wda import Threat, attack, cells, distances
+from wda import Threat, attack, distances
 from wda.attacks.closest import _radius, _step
 from wda.losses import margin
+from wda.nets import from_module
 from wda.norms import norm, support
 
 NORMS = ("Linf", "L2", "L1")
@@ -67,31 +68,8 @@ def test_affine_models_have_their_nearest_boundary_found(
 
 
 def nearest_in_cells(model: nn.Module, x: np.ndarray, label: int, name: str) -> float:
-    """The exact distance of the nearest error in the unit square: a linear program for each cell and rival."""
-    best = math.inf
-    for cell in cells.enumerate(model, box=(0.0, 1.0)):
-        A, b = cell.halfspaces
-        for rival in range(len(cell.offset)):
-            if rival == label:
-                continue
-            g, c = cell.jacobian[rival] - cell.jacobian[label], cell.offset[rival] - cell.offset[label]
-            # variables: the point, and the length of each coordinate's move, all equal for "Linf"
-            moves = 1 if name == "Linf" else 2
-            eye, spread = np.eye(2), np.ones((2, 1)) if name == "Linf" else np.eye(2)
-            solved = linprog(
-                np.r_[0, 0, np.ones(moves)],
-                A_ub=np.r_[
-                    np.c_[A, np.zeros((len(A), moves))],
-                    np.c_[eye, -spread],
-                    np.c_[-eye, -spread],
-                    np.r_[-g, np.zeros(moves)][None],
-                ],
-                b_ub=np.r_[b, x, -x, c],
-                bounds=[(None, None)] * 2 + [(0, None)] * moves,
-            )
-            if solved.status == 0:
-                best = min(best, solved.fun)
-    return best
+    """The exact distance of the nearest error in the unit square."""
+    return in_cells(from_module(model), x, label, name, (0.0, 1.0))
 
 
 @pytest.mark.parametrize("name", ["Linf", "L1"])

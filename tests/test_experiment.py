@@ -326,6 +326,73 @@ def test_an_interrupted_run_ends_quietly(tmp_path: Path) -> None:
     assert not (tmp_path / "out.ipynb").exists()
 
 
+def test_a_bracket_is_recorded_with_what_made_it(tmp_path: Path) -> None:
+    found, path = experiment.run_bracket(n=12, method="linear", eps="1/20", order="inf", output=tmp_path / "new")
+    assert path.name == "digits_digits-mlp_Linf_0.05_Winf_linear_n12_s0_float64.json"
+    record = json.loads(path.read_text())
+    assert (record["lower"], record["upper"], record["n"]) == (found.lower, found.upper, 12)
+    assert record.keys() >= {"data", "model", "norm", "method", "seed", "model_sha256", "provenance"}
+    again = wda.Bracket.load(path)
+    radii = [0.02, 0.05, 0.1]
+    table = experiment.bracket_table(again, radii)
+    assert list(table.index) == [f"W{p} Linf {eps}" for p in ("1", "2", "inf") for eps in radii]
+    for p in (1, 2, "inf"):
+        lower, upper = found.curve(radii, p)
+        rows = table.loc[[f"W{p} Linf {eps}" for eps in radii]]
+        assert rows.certified.tolist() == pytest.approx((100 * lower).tolist())
+        assert rows.attacked.tolist() == pytest.approx((100 * upper).tolist())
+        assert rows.width.tolist() == pytest.approx((100 * (upper - lower)).tolist())
+
+
+def test_curves_of_a_bracket_show_what_it_says() -> None:
+    import torch
+
+    from wda import figures
+
+    ends = torch.tensor([0.0, 0.1, 0.4]), torch.tensor([0.0, 0.2, torch.inf])
+    found = {norm: wda.Bracket(wda.Threat(norm, 0.1), *ends) for norm in ("Linf", "L2")}
+    figure = figures.bracket_curves({"here": found["Linf"]}, 0.5, confidence=0.9)
+    for panel, order in zip(figure.axes, (1, 2, "inf"), strict=True):
+        eps = panel.lines[0].get_xdata()
+        shown = [line.get_ydata() for line in panel.lines]
+        expected = [*found["Linf"].curve(eps, order), *found["Linf"].population(eps, order, 0.9)]
+        for line, values in zip(shown, expected, strict=True):
+            assert line == pytest.approx((100 * values).numpy())
+    for brackets in (found, {}):
+        with pytest.raises(ValueError, match="one is accepted"):
+            figures.bracket_curves(brackets, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"method": "magic"}, "method='magic'"),
+        ({"eps": -1}, "eps=-1"),
+        ({"tolerance": 0}, "tolerance=0"),
+        ({"time_limit": -1}, "time_limit=-1"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"n": 0}, "n=0"),
+        ({"model": "no-such"}, "no-such"),
+    ],
+)
+def test_a_bracket_is_refused_before_the_first_pass(bad: dict[str, object], said: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, wda.DataUnavailable), match=said):
+        experiment.run_bracket(**{"n": 2, **bad}, output=tmp_path / "new")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bracket_notebook_runs_on_a_model_without_a_certificate(tmp_path: Path) -> None:
+    """The attack's side is given, and a line says which layer stands in the way."""
+    words = ["run", str(ROOT / "notebooks" / "bracket.ipynb"), "-o", str(tmp_path / "out.ipynb"), "-p", "n", "5"]
+    assert cli.main([*words, "-p", "model", "digits-vit", "-p", "output", str(tmp_path)]) == 0
+    said = [o.text for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", []) if "text" in o]
+    assert any("no certificate: " in text for text in said)
+    [record] = tmp_path.glob("*.json")
+    found = wda.Bracket.load(record)
+    assert found.why
+    assert found.lower == 0 < found.upper
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])

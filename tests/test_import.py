@@ -29,7 +29,8 @@ LAYERS = [
     {"distribution", "budget", "cells"},
     {"certificates"},
     {"attacks"},
-    {"evaluate", "figures"},
+    {"evaluate"},
+    {"figures"},
     {"experiment"},
     {"cli"},
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def accepts(method: str, name: str) -> bool:
     return method != "milp" or name != "L2"
 
 
+each_pair = pytest.mark.parametrize(
+    ("method", "name"), [pair for pair in itertools.product(METHODS, NORMS) if accepts(*pair)]
+)
+
+
 def small(seed: int, hidden: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
     """A ReLU network on the unit square, whose cells meet it, points, and its own answers."""
     torch.manual_seed(seed)
@@ -52,7 +58,7 @@ def sampled(net: nets.Net, x: Tensor, y: Tensor, reach: Tensor, name: str, box: 
     generator = torch.Generator().manual_seed(0)
     largest = torch.full((len(x),), -math.inf, dtype=torch.float64)
     around = reach.view(-1, *[1] * (x.ndim - 1))
-    for k in range(30):
+    for k in range(15):
         step = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         if k % 3 == 0:
             step = step.sign() if name == "Linf" else step * (step.abs() == norm(step, "Linf").view_as(around))
@@ -73,7 +79,7 @@ def sampled(net: nets.Net, x: Tensor, y: Tensor, reach: Tensor, name: str, box: 
 @each_norm
 @each_box
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("classes", "seed"), [(2, 0), (4, 2), (10, 3)])
+@pytest.mark.parametrize(("classes", "seed"), [(2, 0), (10, 3)])
 def test_of_affine_models_it_is_the_distance(
     name: str, box: tuple[float, float] | None, dtype: torch.dtype, classes: int, seed: int
 ) -> None:
@@ -84,7 +90,7 @@ def test_of_affine_models_it_is_the_distance(
     for method in METHODS:
         if not accepts(method, name) or method == "auto":
             continue
-        rows = slice(4 if method == "milp" else None)
+        rows = slice(2 if method == "milp" else None)
         certified = radius(model, x[rows], y[rows], name, box, method=method, tolerance=1e-4)
         assert certified.dtype == torch.float64
         assert (certified > 0).all()
@@ -118,17 +124,17 @@ def test_no_certificate_goes_beyond_the_distance_and_each_method_is_better_than_
 @each_norm
 def test_no_point_of_a_certified_ball_is_an_error_whatever_the_layers(name: str) -> None:
     certain = 0
-    for seed in range(12):
+    for seed in range(3):
         net, box = random_network(seed), ((0.0, 1.0), None)[seed % 2]
         x = torch.rand(2, *net.shape, dtype=torch.float64)
         y = net(x).argmax(1)
-        for method in ("linear", "optimised") if seed % 3 < 2 else ("linear",):
-            certified = radius(net, x, y, name, box, method=method, tolerance=0.2)
+        for method in ("linear", "optimised") if seed < 2 else ("linear",):
+            certified = radius(net, x, y, name, box, method=method, tolerance=0.3)
             # where all of the box is safe, any ball will do
             reach = certified.clamp(max=10.0)
             assert (sampled(net, x, y, reach, name, box) < 0).all(), (seed, method)
             certain += int((certified > 1e-6).sum())
-    assert certain > 25
+    assert certain > 6
 
 
 @each_norm
@@ -155,22 +161,16 @@ def line(slope: float, offset: float) -> nn.Module:
     return model
 
 
-@each_norm
-@pytest.mark.parametrize("method", METHODS)
+@each_pair
 def test_ties_and_errors_have_radius_zero(name: str, method: str) -> None:
-    if not accepts(method, name):
-        pytest.skip("mixed-integer programs are for linear norms")
     x, y = torch.tensor([[0.2], [0.5], [0.9]], dtype=torch.float64), torch.tensor([0, 0, 0])
     found = radius(line(1.0, -0.5), x, y, name, method=method, tolerance=1e-6)
     assert found[1:].tolist() == [0, 0]
     assert found[0] == pytest.approx(0.3, rel=1e-5) if method not in ("interval",) else 0 < found[0] <= 0.3
 
 
-@each_norm
-@pytest.mark.parametrize("method", METHODS)
+@each_pair
 def test_a_box_without_errors_is_safe_all_through(name: str, method: str) -> None:
-    if not accepts(method, name):
-        pytest.skip("mixed-integer programs are for linear norms")
     x, y = torch.tensor([[0.2], [0.9]], dtype=torch.float64), torch.tensor([0, 0])
     assert radius(line(0.0, -1.0), x, y, name, method=method).tolist() == [math.inf] * 2
     if method == "lipschitz":  # knows of no box, and so certifies a finite ball
@@ -233,14 +233,14 @@ def test_the_search_ends_as_near_as_asked_for(tolerance: float) -> None:
 @pytest.mark.parametrize("method", ["optimised", "linear", "interval", "lipschitz"])
 def test_neither_the_batch_size_nor_the_order_of_the_samples_matters(name: str, method: str) -> None:
     model, x, y = small(1)
+    x, y = x[:5], y[:5]
     y[2] = (y[2] + 1) % 3
     reference = radius(model, x, y, name, method=method, tolerance=0.05)
     assert reference[2] == 0
-    for size in (1, 3):
-        again = radius(model, x, y, name, method=method, tolerance=0.05, batch_size=size)
-        torch.testing.assert_close(again, reference, rtol=1e-7, atol=0)
+    again = radius(model, x, y, name, method=method, tolerance=0.05, batch_size=2)
+    torch.testing.assert_close(again, reference, rtol=1e-7, atol=0)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
-    shuffled = radius(model, x[order], y[order], name, method=method, tolerance=0.05)
+    shuffled = radius(model, x[order], y[order], name, method=method, tolerance=0.05, batch_size=1)
     torch.testing.assert_close(shuffled, reference[order], rtol=1e-7, atol=0)
 
 
@@ -250,9 +250,10 @@ def test_the_function_is_that_of_the_weights_in_double_precision_and_the_model_s
     model = nn.Sequential(block, nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(8, 6), nn.ReLU())
     model = nn.Sequential(*model, nn.Linear(6, 3))
     model[0].branch[1].running_mean.normal_()
-    x = torch.rand(5, 2, 4, 4).requires_grad_()
+    x = torch.rand(2, 2, 4, 4).requires_grad_()
     y = model.eval()(x).argmax(1).int()
-    reference = {name: radius(model, x, y, name, method="linear") for name in NORMS}
+    fast = {"method": "linear", "tolerance": 0.2}
+    reference = {name: radius(model, x, y, name, **fast) for name in NORMS}
     assert all((certified > 0).all() for certified in reference.values())
 
     model.train()
@@ -263,9 +264,9 @@ def test_the_function_is_that_of_the_weights_in_double_precision_and_the_model_s
     state, before = {key: value.clone() for key, value in model.state_dict().items()}, x.detach().clone()
     random = torch.get_rng_state()
     for name in NORMS:
-        torch.testing.assert_close(radius(model, x, y, name, method="linear"), reference[name], rtol=0, atol=0)
+        torch.testing.assert_close(radius(model, x, y, name, **fast), reference[name], rtol=0, atol=0)
         assert verified(model, x, y, name, 1e-6).all()
-    assert not radius(model, x, y, "L2", method="optimised", tolerance=0.5).requires_grad
+    assert not radius(model, x[:1], y[:1], "L2", method="optimised", tolerance=0.5).requires_grad
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert torch.equal(model[6].weight.grad, torch.ones(3, 6))
@@ -276,7 +277,7 @@ def test_the_function_is_that_of_the_weights_in_double_precision_and_the_model_s
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), random)
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
-    double = {name: radius(model.double(), x.double(), y, name, method="linear") for name in NORMS}
+    double = {name: radius(model.double(), x.double(), y, name, **fast) for name in NORMS}
     for name in NORMS:
         torch.testing.assert_close(double[name], reference[name], rtol=1e-6, atol=0)
 

@@ -22,7 +22,7 @@ def test_table_is_that_of_the_records() -> None:
 
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    named, budgets, own, certificates = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    named, budgets, own, both, certificates = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(named, "README.md", "exec"), {})
     exec(compile(budgets, "README.md", "exec"), {})
     assert (tmp_path / "adv.npz").is_file()
@@ -32,6 +32,9 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     plain = wda.AdversarialDistribution.from_points(x, wda.norms.clamp(x + names["step"], threat.box), y, threat)
     with pytest.raises(wda.BudgetExceeded, match="this is rounding"):  # what the example is there to avoid
         plain.audit()
+    bracket: dict[str, object] = {}
+    exec(compile(both, "README.md", "exec"), bracket)
+    assert 0 < bracket["b"].lower < bracket["b"].upper < 1
     exec(compile(certificates, "README.md", "exec"), names)
     curve, worst = names["curve"], names["worst"]
     assert worst.risk(names["net"], "margin") == pytest.approx(curve(0.5), abs=1e-4)
@@ -41,8 +44,11 @@ def test_commands_name_existing_targets_and_parameters() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^make ([a-z]+)", README, re.MULTILINE))
     assert {"book", "test"} <= named <= targets
-    declared = papermill.inspect_notebook(str(ROOT / "notebooks" / "attack.ipynb")).keys()
-    assert set(re.findall(r"-p (\w+) ", README)) <= set(declared)
+    commands = re.findall(r"wda run (notebooks/\w+\.ipynb)((?:.*\\\n)*.*)", README)
+    assert {name for name, _ in commands} == {"notebooks/attack.ipynb", "notebooks/bracket.ipynb"}
+    for name, words in commands:
+        declared = papermill.inspect_notebook(str(ROOT / name)).keys()
+        assert {"model", *re.findall(r"-p (\w+) ", words)} <= set(declared)
 
 
 def test_links_lead_to_files() -> None:

@@ -79,7 +79,8 @@ def test_every_attack_is_in_one_of_the_two_tests() -> None:
 @pytest.mark.parametrize("name", COUPLED)
 def test_more_than_one_shard_of_an_attack_that_couples_samples_is_an_error(name: str) -> None:
     Cell(attack=name, eps=0.1, order=2)
-    with pytest.raises(ValueError, match=rf"shards=3: attack '{re.escape(name)}' moves samples together, so 1 is accepted"):
+    words = re.escape(f"shards=3: attack '{name}' moves samples together, so 1 is accepted")
+    with pytest.raises(ValueError, match=words):
         Cell(attack=name, eps=0.1, order=2, shards=3)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from wda.attacks import Distances, attack, distances
 from wda.budget import robust_accuracy, spend
 from wda.certificates.nearest import Nearest, nearest
-from wda.certificates.radius import margin_bound, radius, read, verified
-from wda.checks import number, whole
+from wda.certificates.radius import METHODS, margin_bound, radius, read, verified
+from wda.checks import choice, number, whole
 from wda.errors import NotPiecewiseAffine
 from wda.files import write_atomically
 from wda.losses import margin, rival_logits
@@ -137,6 +138,13 @@ class Bracket:
         Returns
         -------
         lower, upper : float64 tensors, of the shape of `eps`
+
+        Examples
+        --------
+        >>> distance = torch.linspace(0.01, 1, 100, dtype=torch.float64)
+        >>> lower, upper = Bracket(Threat("Linf", eps=0.2, order="inf"), distance, distance).population()
+        >>> round(float(lower), 2), round(float(upper), 2)
+        (0.67, 0.94)
         """
         level = number("confidence", confidence, "a number between 0 and 1", 1e-9, 1 - 1e-9)
         N = len(self.radius)
@@ -200,6 +208,8 @@ class Bracket:
             record = json.loads(Path(path).read_text())
             sides = ([math.inf if d is None else d for d in record[name]] for name in _SIDES)
             lower, upper = (torch.tensor(side, dtype=torch.float64) for side in sides)
+            if lower.shape != upper.shape or not bool((torch.stack([lower, upper]) >= 0).all()):
+                raise ValueError("as many radii as distances are needed, none of them negative")
             return cls(Threat(**record["threat"]), lower, upper, None, record["why"], tuple(record["seconds"]))
         except FileNotFoundError:
             raise
@@ -210,10 +220,17 @@ class Bracket:
 _SIDES = ("radius", "distance")
 
 
+def _budgets(eps: Budgets) -> Tensor:
+    """Radii of balls, one of which may be a fraction, in float64."""
+    accepted = 'a finite number >= 0, or a fraction such as "8/255",'
+    value = number("eps", eps, accepted, 0, sys.float_info.max) if isinstance(eps, str) else eps
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
 def _certified_accuracy(radius: Tensor, eps: Budgets, order: float | str) -> Tensor:
     """The optimal budget over certified radii: errors are beyond them, and sums of powers are rounded upward."""
     beyond = torch.nextafter(radius, torch.full_like(radius, math.inf)).where(radius > 0, 0.0)
-    budgets = torch.as_tensor(Threat(eps=eps).eps if isinstance(eps, str) else eps, dtype=torch.float64)
+    budgets = _budgets(eps)
     spare = 0.0 if math.isinf(Threat(order=order).order) else 2.0**-40 + 2.0**-52 * len(radius)
     return robust_accuracy(beyond, budgets * (1 + spare), order)
 
@@ -279,33 +296,30 @@ def bracket(
     >>> bracket(wda.models.load("digits-mlp"), x, y, Threat("Linf", eps=0.05, order=2), steps=10).why is None
     True
     """
+    choice("method", method, METHODS)
+    if method == "milp":
+        choice("norm", threat.norm, ("Linf", "L1"))
     start = time.monotonic()
     options = {"seed": seed, "batch_size": batch_size, "progress": progress, **parameters}
     found = distances(model, x, y, threat.norm, threat.box, **options)  # type: ignore[arg-type]
+    ball = (threat.norm, threat.box)
     try:
         net = read(model, tuple(x.shape[1:]))
-    except NotPiecewiseAffine as error:
-        return _from_above(threat, found, error)
-    found = _confirmed(found, net, options)
-    middle = time.monotonic()
-    if method == "milp":
-        exact = nearest(
-            net, x, y, threat.norm, threat.box, time_limit=time_limit, upper=found.distance, x_adv=found.x_adv,
-            progress=progress,
-        )  # fmt: skip
-        certified, found = exact.lower, _nearer(found, exact, net)
-    else:
-        try:
-            certified = radius(
-                net, x, y, threat.norm, threat.box, method=method, upper=found.distance, tolerance=tolerance,
-                refine=refine, progress=progress,
-            )  # fmt: skip
+        found = _confirmed(found, net, options)
+        middle, upper = time.monotonic(), found.distance
+        if method == "milp":
+            exact = nearest(net, x, y, *ball, time_limit=time_limit, upper=upper, x_adv=found.x_adv, progress=progress)
+            certified, found = exact.lower, _nearer(found, exact, net)
+        else:
+            search = {"tolerance": tolerance, "refine": refine, "progress": progress}
+            certified = radius(net, x, y, *ball, method=method, upper=upper, **search)  # type: ignore[arg-type]
             if math.isinf(threat.order):
                 certified = _at_eps(net, found, certified, threat, method, tolerance, refine)
-        except NotPiecewiseAffine as error:
-            return _from_above(threat, found, error)
-    seconds = (middle - start, time.monotonic() - middle)
-    return Bracket(threat, certified, found.distance, found, None, seconds)
+    except NotPiecewiseAffine as error:
+        return _from_above(threat, found, error)
+    # an error that is one by less than rounding may be nearer than what a solver certifies
+    certified = certified.minimum(found.distance)
+    return Bracket(threat, certified, found.distance, found, None, (middle - start, time.monotonic() - middle))
 
 
 def _from_above(threat: Threat, found: Distances, error: NotPiecewiseAffine) -> Bracket:
@@ -397,13 +411,21 @@ class RiskBracket:
     attacked: Tensor
     certified: Tensor
 
-    def curve(self, eps: Sequence[float] | Tensor, order: float | str | None = None) -> tuple[Tensor, Tensor]:
-        """The bracket in balls of other radii, and of another order if one is given; as for `Bracket.curve`."""
-        p = self.threat.order if order is None else order
-        balls = [Threat(self.threat.norm, float(e), p, self.threat.box) for e in torch.as_tensor(eps).flatten()]
+    def curve(self, eps: Budgets, order: float | str | None = None) -> tuple[Tensor, Tensor]:
+        """The bracket in balls of other radii, and of another order if one is given; as for `Bracket.curve`.
+
+        Examples
+        --------
+        >>> radii, known = torch.tensor([0.0, 1.0]), torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
+        >>> lower, upper = RiskBracket(Threat("L2", eps=0.5), -1.0, 0.0, 1.0, radii, known, known).curve([0.25, 0.4])
+        >>> lower.round(decimals=6).tolist(), upper.tolist()
+        ([-0.5, -0.2], [1.0, 1.0])
+        """
+        p, budgets = self.threat.order if order is None else order, _budgets(eps)
+        balls = [_ball(self.threat, e, p) for e in budgets.flatten().tolist()]
         pairs = [_risks(self.radii, self.attacked, self.certified, ball) for ball in balls]
-        lower, upper = zip(*pairs, strict=True)
-        return torch.tensor(lower, dtype=torch.float64), torch.tensor(upper, dtype=torch.float64)
+        lower, upper = budgets.new_tensor(pairs).view(*budgets.shape, 2).unbind(-1)
+        return lower, upper
 
 
 def risk_bracket(
@@ -485,10 +507,10 @@ def risk_bracket(
     return RiskBracket(threat, float(attacked[:, 0].mean()), lower, upper, radii, attacked, certified)
 
 
-def _ball(threat: Threat, reach: float) -> Threat:
+def _ball(threat: Threat, eps: float, order: float | str = math.inf) -> Threat:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the last radius holds all of the box, on purpose
-        return replace(threat, eps=reach, order=math.inf)
+        warnings.simplefilter("ignore")  # the largest balls hold all of the box, on purpose
+        return Threat(threat.norm, eps, order, threat.box)
 
 
 def _grid(x: Tensor, threat: Threat, count: int) -> Tensor:
@@ -511,7 +533,7 @@ def _risks(radii: Tensor, attacked: Tensor, certified: Tensor, threat: Threat) -
     if math.isinf(threat.order):
         above = certified[:, min(int((radii < threat.eps).sum()), len(radii) - 1)]
         return float(lower), float(above.mean())
-    wider = replace(threat, eps=threat.eps * (1 + 2.0**-39 + 2.0**-51 * t.numel()))
+    wider = _ball(threat, threat.eps * (1 + 2.0**-39 + 2.0**-51 * t.numel()), threat.order)
     beyond = torch.cat([certified[:, 1:], certified[:, -1:]], 1) if threat.eps > 0 else certified
     upper = (spend(t, beyond, wider) * beyond).sum(1).mean()
     return float(lower), float(upper)

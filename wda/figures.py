@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,7 +17,9 @@ from wda.threat import radius_text
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COLOURS", "MARKERS", "accuracy_over_kappa", "accuracy_over_passes", "accuracy_over_steps"]
+    from wda.evaluate import Bracket
+
+__all__ = ["COLOURS", "MARKERS", "accuracy_over_kappa", "accuracy_over_passes", "accuracy_over_steps", "bracket_curves"]
 
 # Told apart by their lightness, so also in greyscale, and by readers who do not see red and green apart.
 COLOURS = ("#0b2a4a", "#c1432e", "#4c9a8e", "#e3a93c", "#9db4c8")
@@ -73,6 +78,66 @@ def accuracy_over_kappa(results: pd.DataFrame) -> Figure:
         panel.legend(fontsize="small", loc="lower right")
     panels[0][0].set_ylabel("accuracy (%)")
     panels[0][0].set_ylim(0, 101)
+    return figure
+
+
+def bracket_curves(
+    brackets: Mapping[str, Bracket],
+    reach: float,
+    orders: Sequence[float] = (1, 2, math.inf),
+    confidence: float | None = None,
+) -> Figure:
+    """The robust accuracy between its two sides as the radius grows: a panel for each order, a band for each name.
+
+    Parameters
+    ----------
+    brackets : mapping
+        From names, such as those of models, to their brackets; of one norm.
+    reach : float
+        The largest radius.
+    orders : sequence of float
+    confidence : float, optional
+        Adds the interval for the population (`Bracket.population`), as thin lines.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        The brackets differ in norm.
+
+    Examples
+    --------
+    >>> import wda
+    >>> b = wda.Bracket(wda.Threat("L2", 1.0), torch.tensor([0.0, 0.5]), torch.tensor([0.0, 1.0]))
+    >>> len(bracket_curves({"a model": b}, reach=2.0).axes)
+    3
+    """
+    norms = sorted({b.threat.norm for b in brackets.values()})
+    if len(norms) != 1:
+        raise ValueError(f"brackets have norms {', '.join(norms) or 'none'}: one is accepted")
+    eps = torch.linspace(0, reach, 201, dtype=torch.float64)
+    figure, panels = plt.subplots(
+        1, len(orders), figsize=(1 + 2.9 * len(orders), 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, order in zip(panels[0], orders, strict=True):
+        looks = itertools.cycle(zip(COLOURS, ("-", "--", ":", "-.", "-"), strict=True))
+        for (name, b), (colour, style) in zip(brackets.items(), looks, strict=False):
+            lower, upper = (100 * side for side in b.curve(eps, order))
+            panel.fill_between(eps, lower, upper, color=colour, alpha=0.35, linewidth=0, label=name)
+            for side in (lower, upper):
+                panel.plot(eps, side, style, color=colour, linewidth=1.5)
+            if confidence is not None:
+                for side in b.population(eps, order, confidence):
+                    panel.plot(eps, 100 * side, style, color=colour, linewidth=0.7)
+        p = r"\infty" if math.isinf(order) else f"{order:g}"
+        panel.set_title(f"$W_{{{p}}}$", fontsize="medium")
+        panel.set_xlabel(f"radius ε ({norms[0]})")
+    panels[0][0].set_ylabel("accuracy (%)")
+    panels[0][0].set_ylim(0, 101)
+    panels[0][-1].legend(fontsize="small", loc="upper right")
     return figure
 
 

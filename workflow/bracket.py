@@ -55,9 +55,9 @@ CASES = [
     Case("digits-cnn", "digits", 200, "Linf", ("0.01", "0.02", "0.05")),
     Case("digits-cnn-adv", "digits", 200, "Linf", ("0.02", "0.05", "0.1")),
     Case("mnist_kw_small_eps0.1", "mnist", 500, "Linf", ("0.1", "0.05", "0.02"), verify=1000),
-    Case("cifar10_oval_base_kw_eps2", "cifar10", 500, "Linf", ("2/255", "1/255", "0.5/255"), verify=1000),
-    Case("cifar10_cnn_a_adv", "cifar10", 200, "Linf", ("2/255", "1/255", "0.5/255"), verify=500),
-    Case("cifar10_resnet2b_adv_eps2", "cifar10", 100, "Linf", ("2/255", "1/255", "0.5/255"), verify=500),
+    Case("cifar10_oval_base_kw_eps2", "cifar10", 200, "Linf", ("2/255", "1/255", "1/510"), verify=500),
+    Case("cifar10_cnn_a_adv", "cifar10", 200, "Linf", ("2/255", "1/255", "1/510"), verify=500),
+    Case("cifar10_resnet2b_adv_eps2", "cifar10", 100, "Linf", ("2/255", "1/255", "1/510"), verify=300),
     Case("mnist_trades_smallcnn", "mnist", 20, "Linf", ("0.3", "0.1", "0.005"), "linear"),
 ]
 

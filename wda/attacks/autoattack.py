@@ -6,14 +6,19 @@ through the `Oracle`, torch's random state is put back, nothing is printed, and 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import os
 import warnings
+import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +26,7 @@ from wda import losses, norms
 from wda.attacks.search import uniform_start
 from wda.checks import choice, flag, whole
 from wda.errors import Untrustworthy
+from wda.files import write_atomically
 from wda.losses import margin
 from wda.norms import clamp, project
 from wda.passes import Oracle
@@ -163,7 +169,14 @@ def _stages(name: str, steps: int) -> list[tuple[float, int]]:
 
 
 def autoattack(
-    oracle: Oracle, x: Tensor, y: Tensor, ball: Threat, *, version: str = "standard", seed: int = 0
+    oracle: Oracle,
+    x: Tensor,
+    y: Tensor,
+    ball: Threat,
+    *,
+    version: str = "standard",
+    state: str | os.PathLike[str] | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """The ensemble AutoAttack (Croce & Hein 2020): each member attacks what the ones before it left standing.
 
@@ -177,8 +190,6 @@ def autoattack(
     square, filled up with pixels that do not count.
 
     The members draw for a batch at a time, so that results depend on the batch size and on the order of the samples.
-    The package's state file keeps which samples fell and not their points, so it is not used: a run that is
-    interrupted starts again.
 
     Parameters
     ----------
@@ -189,6 +200,9 @@ def autoattack(
     ball : Threat
         Point-wise, with a box; its `eps` is the radius around each sample.
     version : {"standard", "plus"}
+    state : path, optional
+        A file that keeps the points found, after each member; a run that was interrupted goes on from there, and the
+        passes it counts are its own. (The package's own state file keeps which samples fell, and not their points.)
     seed : int
 
     Returns
@@ -201,7 +215,7 @@ def autoattack(
     ImportError
         The package is missing.
     ValueError
-        The ball has no box, or there is no such version.
+        The ball has no box, there is no such version, or `state` is of another run.
 
     Warns
     -----
@@ -217,6 +231,8 @@ def autoattack(
     True
     """
     members = _MEMBERS[choice("version", version, _MEMBERS)]
+    if not isinstance(state, str | os.PathLike | None):
+        raise TypeError(f"state={state!r}: a path, or None, is accepted")
     logits = oracle.logits(x)
     classes = logits.shape[1]
     adapter = _Adapter(oracle, x, ball.box, classes)
@@ -228,6 +244,8 @@ def autoattack(
             stacklevel=4,
         )
     points, standing = x.clone(), (margin(logits, y) < 0).nonzero()[:, 0]
+    run = _fingerprint(logits, y, ball, version, seed)
+    done = 0 if state is None else _resume(Path(state), run, points)
 
     def flip(perturb: Perturb, candidates: Tensor, batch: slice) -> Tensor:
         rows = candidates[batch]
@@ -239,7 +257,9 @@ def autoattack(
         points[rows[flipped]] = found[flipped]
         return rows[~flipped]
 
-    for name in members:
+    if done:
+        standing = standing[margin(oracle.logits(points[standing]), y[standing]) < 0]
+    for count, name in enumerate(members[done:], done + 1):
         if not len(standing):
             break
         before, member = len(standing), _member(name, version, adapter, ball, seed)
@@ -247,7 +267,31 @@ def autoattack(
         _log.info("autoattack: %d of %d samples stand after %s", len(standing), len(x), name)
         if name == "square":
             _compare(before - len(standing), before)
+        if state is not None:
+            with write_atomically(state) as file:
+                np.savez(file, run=np.array(run), done=np.array(count), points=points.cpu().numpy())
     return points
+
+
+def _fingerprint(logits: Tensor, y: Tensor, ball: Threat, version: str, seed: int) -> str:
+    """What tells one run from another; the logits at the sample stand for the model and the sample."""
+    values = logits.detach().double().cpu().numpy().round(3).tobytes() + y.cpu().numpy().tobytes()
+    return hashlib.sha256(values + repr((ball, ball.box, version, seed)).encode()).hexdigest()
+
+
+def _resume(state: Path, run: str, points: Tensor) -> int:
+    """Put the points of an interrupted run in place, and say how many members are done; 0 if there is no such run."""
+    if not state.exists():
+        return 0
+    try:
+        with np.load(state, allow_pickle=False) as kept:
+            same, done, found = str(kept["run"]) == run, int(kept["done"]), torch.from_numpy(kept["points"])
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"state={str(state)!r}: the file is damaged, or none of autoattack's: remove it") from error
+    if not same or found.shape != points.shape:
+        raise ValueError(f"state={str(state)!r} is of another model, sample, ball, version or seed: name another file")
+    points.copy_(found)
+    return done
 
 
 def _compare(flipped: int, before: int) -> None:

@@ -118,7 +118,7 @@ def relu_lines(low: Tensor, high: Tensor) -> Lines:
     """
     unstable = (low < 0) & (high > 0)
     on = (low >= 0).to(low)
-    chord = torch.where(unstable, high / torch.where(unstable, high - low, 1), on)
+    chord = torch.where(unstable, (high / torch.where(unstable, high - low, 1)).clamp(min=TINY), on)
     offset = (-chord * low).maximum((1 - chord) * high) * _RAISED + TINY
     lower = torch.where(unstable, (high > -low).to(low), on)
     return Lines(lower, torch.zeros_like(low), chord, torch.where(unstable, offset, 0))

@@ -21,17 +21,21 @@ values are moved outward to the next number; a maximum is exact.
 .. math:: |\langle r, Wv + b\rangle - \langle p, v\rangle - \langle r, b\rangle|
    \le \gamma_n\langle|r|, |W|\hat v + |b|\rangle,
 
-the last term for the rounding of the inner product. It is computed from one tensor for each value,
-:math:`|W|\hat v + |b|`, with the interval of v that is known. Likewise a row at an activation, times the slopes s and
-offsets t of lines that hold exactly, is off by :math:`\gamma_n\langle|r|, |s|\hat z + |t|\rangle`; a sum of two
-rows on one value v by :math:`u\langle|p|, \hat v\rangle`; and the least value over the region by :math:`\gamma_n`
-times its terms, since `wda.norms.support` is a sum of positive terms, of which an error in how far coordinates move
-takes no larger share. All terms are added to one sum with at most one term for each node, so the bound is off by at
-most :math:`\gamma_n` times the sum of the right-hand sides, for any n of at least the largest number of entries of a
-value plus twice the number of nodes plus 8. `_gamma` takes four times that, which also covers the rounding of the
-right-hand sides, of batch normalisation's scale, and of the last subtraction. A product too small to be a normal number
-is off by less than :math:`2^{-1022}`: as many times this as there are products, times :math:`1 + \hat v`, is added. A
-bound that is not a number becomes infinite.
+the last term for the rounding of the inner product. It is computed from one tensor for each value, :math:`|W|\hat v +
+|b|`, with the interval of v that is known. Likewise a row at an activation, times the slopes s and offsets t of lines
+that hold exactly, is off by :math:`\gamma_n\langle|r|, |s|\hat z + |t|\rangle`; a sum of two rows on one value v by
+:math:`u\langle|p|, \hat v\rangle`. The least value over the region is :math:`\langle r, c\rangle` less
+`wda.norms.support`, a sum of terms of one sign that is within :math:`3\gamma_n` of itself: how far coordinates move is
+within rounding of using up the radius, and in "L2", where they move by :math:`m_j = \min(t|r_j|, w_j)`, duality says
+that the maximum exceeds :math:`\langle|r|, m\rangle` by at most :math:`(R^2 - \|m\|^2)/2t`, while :math:`\langle|r|,
+m\rangle \ge \|m\|^2/t`. As nothing moves further than :math:`2\hat v`, this is off by :math:`7\gamma_n\langle|r|, \hat
+v\rangle`.
+
+All this is added up with at most two terms for each node, so the bound is off by at most :math:`7\gamma_n` times the
+sum of the inner products on the right, for n the largest number of entries of a value plus twice the number of nodes.
+`_gamma` takes 8(n + 8)u, which also covers the rounding of the right-hand sides, of batch normalisation's scale, and of
+the last subtraction. A product too small to be a normal number is off by less than :math:`2^{-1022}`: as many times
+this as there are products, times :math:`1 + \hat v`, is taken off too. A bound that is not a number becomes infinite.
 """
 
 from __future__ import annotations
@@ -194,7 +198,7 @@ def _image(node: Node, inputs: list[Bounds], gamma: float) -> Bounds:
 def _gamma(net: Net) -> float:
     """The share of its terms that rounding may take from a bound; see above."""
     widest = max(math.prod(value_shape(net, i)) for i in range(len(net.nodes) + 1))
-    return float(4 * (widest + 2 * len(net.nodes) + 8) * 2.0**-53)
+    return float(8 * (widest + 2 * len(net.nodes) + 8) * 2.0**-53)
 
 
 def _size(bounds: Bounds) -> Tensor:
@@ -350,8 +354,8 @@ class _Region:
 
 
 def _alone(of: Tensor) -> bool:
-    """Whether all rows are of one sample; rows come in the order of their samples."""
-    return len(of) > 0 and bool(of[0] == of[-1])
+    """Whether all rows are of one sample."""
+    return len(of) > 0 and bool((of == of[0]).all())
 
 
 def _pick(values: Tensor, of: Tensor) -> Tensor:

@@ -121,9 +121,8 @@ def radius(
     found = problem.least()
     right = found.nonzero()[:, 0]
     if problem.method == "milp":
-        found = nearest(
-            problem.net, x, y, norm, problem.box, time_limit=time_limit, upper=upper, progress=progress
-        ).lower
+        known = nearest(problem.net, x, y, norm, problem.box, time_limit=time_limit, upper=upper, progress=progress)
+        found = found.maximum(known.lower.cpu())
     elif problem.method == "lipschitz":
         found[right] = problem.lipschitz(right).cpu().clamp(min=_LEAST)
     else:
@@ -252,6 +251,11 @@ def read(model: nn.Module | Net, shape: tuple[int, ...]) -> Net:
         Names a layer that cannot be read.
     ValueError
         Names a weight that is NaN or infinite.
+
+    Examples
+    --------
+    >>> read(nn.Linear(2, 3), (2,)).classes
+    3
     """
     if isinstance(model, nn.Module):
         for name, value in model.state_dict().items():
@@ -394,7 +398,7 @@ def _between(low: Tensor, at_low: Tensor, high: Tensor, at_high: Tensor, start: 
     """
     share = -at_low / (at_high - at_low)
     inner = (low**2 + share * (high**2 - low**2)).sqrt()
-    grown = low * (start / (start + at_low)).sqrt().clamp(1.2, 4)
+    grown = low * (start / (start + at_low).clamp(min=0)).sqrt().clamp(1.2, 4)
     outer = torch.where(low > 0, grown, torch.where(scale.isfinite() & (scale > 0), scale / 2, 1.0))
     reach = torch.where(at_high.isfinite(), inner, outer)
     width = high - low

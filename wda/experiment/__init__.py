@@ -3,6 +3,7 @@
 Needs the extra ``wda[notebooks]``, and ``wda[sweep]`` for sweeps.
 """
 
+from wda.experiment.brackets import bracket_table, run_bracket
 from wda.experiment.cells import Cell, finished, run, run_cell
 from wda.experiment.engine import Failure, run_sweep
 from wda.experiment.notebooks import check_parameters, partial, run_notebook
@@ -14,6 +15,7 @@ __all__ = [
     "Cell",
     "Failure",
     "Sweep",
+    "bracket_table",
     "check_parameters",
     "costs",
     "finished",
@@ -26,6 +28,7 @@ __all__ = [
     "read",
     "results",
     "run",
+    "run_bracket",
     "run_cell",
     "run_notebook",
     "run_sweep",

@@ -166,17 +166,25 @@ class _Setting:
 
     @classmethod
     def of(cls, cell: Cell) -> _Setting:
-        x, y = load_data(cell.data, n=cell.n)
-        y = check_sample(x, y, (0.0, 1.0))
+        x, y, net, sums = load_inputs(cell.data, cell.model, cell.n, cell.dtype, cell.device)
         whole("shards", cell.shards, 1, len(x))
-        net = load_model(cell.model)
         about = {key: getattr(cell, key) for key in ("data", "model", "norm", "seed", "batch_size", "dtype", "device")}
-        about |= {"n": len(x), "shard": cell.shard, "shards": cell.shards}
-        about |= {"data_sha256": _digest([x, y]), "model_sha256": _digest(net.state_dict().values())}
+        about |= {"n": len(x), "shard": cell.shard, "shards": cell.shards, **sums}
         first, last = (len(x) * k // cell.shards for k in (cell.shard, cell.shard + 1))
-        x, y = x[first:last].to(_DTYPES[cell.dtype]), y[first:last]
-        net = _on_device(net.to(_DTYPES[cell.dtype]), cell.device)
+        x, y = x[first:last], y[first:last]
         return cls(x, y, net, _logits(net, x, cell.batch_size), first, about)
+
+
+def load_inputs(
+    data: str, model: str, n: int | None, dtype: str, device: str
+) -> tuple[Tensor, Tensor, nn.Module, dict[str, str]]:
+    """The sample, the model on its device, both in that precision, and the checksums of what they were loaded as."""
+    precision = _DTYPES[choice("dtype", dtype, _DTYPES)]
+    x, y = load_data(data, n=n)
+    y = check_sample(x, y, (0.0, 1.0))
+    net = load_model(model)
+    sums = {"data_sha256": _digest([x, y]), "model_sha256": _digest(net.state_dict().values())}
+    return x.to(precision), y, _on_device(net.to(precision), device), sums
 
 
 def _logits(net: nn.Module, x: Tensor, batch_size: int) -> Tensor:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "aggregates",
+    "case",
     "file_name",
     "frame",
     "interval",
@@ -365,13 +366,24 @@ def file_name(p: Mapping[str, Any]) -> str:
     >>> file_name(about)
     'digits_digits-mlp_L2_0.5_W1_pgd-steps=9_k1_n20_s0_float64.json'
     """
-    data, model = (_file_name_part(p[key], p.get(f"{key}_sha256", "")) for key in ("data", "model"))
-    ball = p["norm"] if p["eps"] is None else f"{p['norm']}_{p['eps']!r}_W{p['order'].removesuffix('.0')}"
     kappa = repr(p["kappa"]).removesuffix(".0")
     attack = re.sub(r"[^\w.+=-]+", "-", method(p["attack"], p["options"]))
     n = "all" if p["n"] is None else p["n"]
     shard = f"_{p['shard'] + 1}of{p['shards']}" if p.get("shards", 1) > 1 else ""
-    return f"{data}_{model}_{ball}_{attack}_k{kappa}_n{n}_s{p['seed']}_{p['dtype']}{shard}.json"
+    return f"{case(p)}_{attack}_k{kappa}_n{n}_s{p['seed']}_{p['dtype']}{shard}.json"
+
+
+def case(p: Mapping[str, Any]) -> str:
+    """Data, model and ball, or norm, as part of the name of a file.
+
+    Examples
+    --------
+    >>> case({"data": "digits", "model": "digits-mlp", "norm": "L2", "eps": None})
+    'digits_digits-mlp_L2'
+    """
+    data, model = (_file_name_part(p[key], p.get(f"{key}_sha256", "")) for key in ("data", "model"))
+    ball = p["norm"] if p["eps"] is None else f"{p['norm']}_{p['eps']!r}_W{p['order'].removesuffix('.0')}"
+    return f"{data}_{model}_{ball}"
 
 
 def _file_name_part(name: str, sha256: str) -> str:

@@ -94,14 +94,8 @@ def run_bracket(
     seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
     x, y, net, sums = load_inputs(data, model, n, dtype, device)
     about = {"data": data, "model": model, "norm": norm, "method": method, "tolerance": tolerance}
-    about |= {
-        "time_limit": time_limit,
-        "seed": seed,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "device": device,
-        **sums,
-    }
+    about |= {"time_limit": time_limit, "seed": seed, "batch_size": batch_size, "dtype": dtype, "device": device}
+    about |= sums
     check_writable(Path(output))
 
     found = bracket(

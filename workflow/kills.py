@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--longest", type=float, default=40.0, help="seconds until a kill, at most")
+    parser.add_argument("--longest", type=float, help="seconds until a kill (default: about what two cells take)")
     parser.add_argument("--folder", help="where the sweeps run (default: a temporary folder)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
@@ -91,14 +91,15 @@ def main() -> None:
         begun = time.monotonic()
         assert start(given.name, calm, given.jobs).wait() == 0
         seconds = time.monotonic() - begun
-        draw = random.Random(0)
-        after = disturbed(given.name, troubled, given.jobs, given.kills, draw, given.longest)
+        cells = len(load_sweep(given.name).tasks)
+        longest = given.longest or 10 + 2.5 * given.jobs * seconds / cells
+        after = disturbed(given.name, troubled, given.jobs, given.kills, random.Random(0), longest)
         before = journal(troubled)
         assert start(given.name, troubled, given.jobs).wait() == 0
         names = sorted(path.name for path in (calm / "records").glob("*.json"))
         record = {
             "sweep": given.name,
-            "cells": len(load_sweep(given.name).tasks),
+            "cells": cells,
             "jobs": given.jobs,
             "kills": len(after),
             "killed_after_seconds": after,

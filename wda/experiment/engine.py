@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -200,7 +199,7 @@ def _follow(engine: subprocess.Popen[bytes], records: Path, cells: list[Cell], s
         try:  # in a terminal it has had the signal too
             engine.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            engine.send_signal(signal.SIGINT)
+            engine.terminate()  # it lets what runs now come to its end
             engine.wait()
         raise
 

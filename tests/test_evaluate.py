@@ -484,3 +484,14 @@ def test_programs_need_relu_and_a_polyhedral_norm() -> None:
     assert "mixed-integer program" in b.why
     with pytest.raises(ValueError, match="norm='L2': one of 'Linf', 'L1'"):
         wda.bracket(model, x, y, Threat("L2", 0.02), method="milp")
+
+
+def test_programs_that_run_out_of_time_leave_what_linear_bounds_certify() -> None:
+    x, y = wda.data.load("digits", n=2)
+    model, threat = wda.models.load("digits-cnn-adv"), Threat("Linf", 0.05)
+    late = wda.bracket(model, x, y, threat, method="milp", time_limit=0, steps=10)
+    linear = wda.bracket(model, x, y, threat, steps=10)
+    assert not late.exact.any()
+    assert (late.radius >= linear.radius).all()
+    by_hand = wda.certificates.radius(model, x, y, "Linf", method="milp", time_limit=0, upper=late.distance)
+    assert (by_hand >= linear.radius).all()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from wda import attacks, data, losses, models, nets, norms
 from wda.attacks import Distances, attack, distances
-from wda.budget import allocate
+from wda.budget import allocate, robust_accuracy
 from wda.distribution import AdversarialDistribution
 from wda.errors import BudgetExceeded, DataUnavailable, NotPiecewiseAffine, Untrustworthy
 from wda.threat import Threat
@@ -37,6 +37,7 @@ __all__ = [
     "models",
     "nets",
     "norms",
+    "robust_accuracy",
 ]
 
 

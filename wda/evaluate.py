@@ -164,7 +164,7 @@ class Bracket:
         ----------
         path : path
         **about
-            What else to say in the record, such as ``provenance=wda.experiment.provenance()``.
+            What else to say in the record, such as the model and where the figures are from.
 
         Examples
         --------
@@ -302,19 +302,17 @@ def bracket(
     start = time.monotonic()
     options = {"seed": seed, "batch_size": batch_size, "progress": progress, **parameters}
     found = distances(model, x, y, threat.norm, threat.box, **options)  # type: ignore[arg-type]
-    ball = (threat.norm, threat.box)
     try:
         net = read(model, tuple(x.shape[1:]))
         found = _confirmed(found, net, options)
-        middle, upper = time.monotonic(), found.distance
+        middle = time.monotonic()
+        search: dict[str, object] = {"tolerance": tolerance, "refine": refine, "progress": progress}
         if method == "milp":
-            exact = nearest(net, x, y, *ball, time_limit=time_limit, upper=upper, x_adv=found.x_adv, progress=progress)
-            certified, found = exact.lower, _nearer(found, exact, net)
+            certified, found = _by_programs(net, found, time_limit, search)
         else:
-            search = {"tolerance": tolerance, "refine": refine, "progress": progress}
-            certified = radius(net, x, y, *ball, method=method, upper=upper, **search)  # type: ignore[arg-type]
-            if math.isinf(threat.order):
-                certified = _at_eps(net, found, certified, threat, method, tolerance, refine)
+            certified = _radius(net, found, method, search)
+        if math.isinf(threat.order):
+            certified = _at_eps(net, found, certified, threat, method, tolerance, refine)
     except NotPiecewiseAffine as error:
         return _from_above(threat, found, error)
     # an error that is one by less than rounding may be nearer than what a solver certifies
@@ -353,6 +351,30 @@ def _logits(net: Net, x: Tensor) -> Tensor:
         return torch.cat([net(part) for part in x.to(net.like).split(64)])
 
 
+def _radius(net: Net, found: Distances, method: str, search: dict[str, object]) -> Tensor:
+    return radius(
+        net,
+        found.x,
+        found.y,
+        found.norm,
+        found.box,
+        method=method,
+        upper=found.distance,
+        **search,  # type: ignore[arg-type]
+    )
+
+
+def _by_programs(net: Net, found: Distances, time_limit: float, search: dict[str, object]) -> tuple[Tensor, Distances]:
+    """Exact distances and their witnesses; where time ran out, the better of both kinds of certificate."""
+    exact = nearest(
+        net, found.x, found.y, found.norm, found.box, time_limit=time_limit, upper=found.distance, x_adv=found.x_adv
+    )
+    certified, found = exact.lower, _nearer(found, exact, net)
+    if not bool(exact.exact.all()):
+        certified = certified.maximum(_radius(net, found, "optimised", search))
+    return certified, found
+
+
 def _nearer(found: Distances, exact: Nearest, net: Net) -> Distances:
     """The witnesses of the mixed-integer programs where they are nearer."""
     better = exact.upper < found.distance
@@ -366,7 +388,7 @@ def _at_eps(
     net: Net, found: Distances, certified: Tensor, threat: Threat, method: str, tolerance: float, refine: float
 ) -> Tensor:
     """Radii that the search left just below eps are raised to it where that is certified too."""
-    if method == "lipschitz":
+    if method in ("lipschitz", "milp"):
         return certified
     near = (certified < threat.eps) & (certified > (1 - 2 * tolerance) * threat.eps) & (found.distance > threat.eps)
     rows = near.nonzero()[:, 0]

@@ -59,7 +59,8 @@ def radius(
     "linear"     the same with fixed slopes
     "interval"   the same with intervals of the logits
     "lipschitz"  the gap to each rival over a Lipschitz constant of their difference (`bounds.lipschitz_upper`)
-    "milp"       the exact distance, by mixed-integer programs (`nearest`); small ReLU networks, "Linf" and "L1"
+    "milp"       the exact distance, by mixed-integer programs (`nearest`); small ReLU networks, "Linf" and "L1".
+                 Where their time runs out, "optimised" if that is more
     ============ =====================================================================================================
 
     What is certified is the function that the weights define in real arithmetic. Bounds are computed in float64, with
@@ -122,13 +123,13 @@ def radius(
     right = found.nonzero()[:, 0]
     if problem.method == "milp":
         known = nearest(problem.net, x, y, norm, problem.box, time_limit=time_limit, upper=upper, progress=progress)
-        found = found.maximum(known.lower.cpu())
-    elif problem.method == "lipschitz":
+        found, right = found.maximum(known.lower.cpu()), right[~known.exact.cpu()[right]]
+    if problem.method == "lipschitz":
         found[right] = problem.lipschitz(right).cpu().clamp(min=_LEAST)
     else:
         for rows in batches(len(right), whole("batch_size", batch_size), f"certificate {norm}", progress):
             of = right[rows]
-            found[of] = _search(problem, of, limit[of], tolerance).clamp(min=_LEAST)
+            found[of] = found[of].maximum(_search(problem, of, limit[of], tolerance))
     return found.to(x.device)
 
 
@@ -315,7 +316,7 @@ class _Problem:
         relaxed = relax(self.net, centre, reach, self.norm, self.box, self.refine)
         rows = self.rows(of)
         found = -relaxed.least(-rows)
-        if self.method == "optimised":
+        if self.method in ("optimised", "milp"):
             undecided = found >= 0 if only_sign else torch.ones_like(found, dtype=torch.bool)
             found[undecided] = -relaxed.least(-rows[undecided], _STEPS, of=undecided.nonzero()[:, 0])
         return found.amax(1)

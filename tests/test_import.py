@@ -23,7 +23,9 @@ LAYERS = [
     {"checks", "errors", "files"},
     {"norms", "losses"},
     {"threat", "passes"},
+    {"vision", "weights"},
     {"data"},
+    {"zoo"},
     {"models", "_transport"},
     {"nets"},
     {"distribution", "budget", "cells"},
@@ -31,6 +33,7 @@ LAYERS = [
     {"attacks"},
     {"evaluate"},
     {"experiment", "figures"},
+    {"doctor"},
     {"cli"},
 ]
 

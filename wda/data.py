@@ -1,4 +1,7 @@
-"""Data sets by name: scikit-learn's digits offline, files under ``WDA_DATA``, or any ``.npz`` of one's own."""
+"""Data sets by name: scikit-learn's digits offline, files under ``WDA_DATA``, or any ``.npz`` of one's own.
+
+Under ``WDA_DATA`` the folder ``data`` has files of arrays, and ``torchvision`` what torchvision's readers read.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wda import vision
 from wda.checks import choice, whole
 from wda.errors import DataUnavailable
 
-__all__ = ["data_folder", "load"]
+__all__ = ["data_folder", "fetch", "load"]
 
 _TEST_EVERY = 3
 
@@ -30,7 +34,8 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
         Otherwise a path that ends in ``.npz``, or the name of a data set in the folder ``data`` of ``WDA_DATA``:
         "mnist" finds ``mnist_test.npz``, or ``mnist_test_firstN.npz``, which holds the first N images of the split.
         Such a file has arrays `x` and `y`. Bytes are images (N, H, W) or (N, H, W, C) and are divided by 255;
-        floating-point numbers are taken as they are.
+        floating-point numbers are taken as they are. Where there is no file of the whole split, "cifar10", "cifar100",
+        "mnist" and "imagenet" are also found in the folder ``torchvision``, see `wda.vision.load`.
     split : {"test", "train"}
         Ignored for a path.
     n : int, optional
@@ -47,7 +52,7 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
     DataUnavailable
         The file is not there; the message says where it is looked for.
     ValueError
-        A bad argument, a file without x and y, or fewer than n samples.
+        A bad argument, a file without x and y, files that torchvision refuses, or fewer than n samples.
 
     Examples
     --------
@@ -60,10 +65,39 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
     choice("split", split, ("test", "train"))
     if n is not None:
         n = whole("n", n)
-    x, y = _digits(split) if name == "digits" else _from_file(_find(name, split))
+    if name == "digits":
+        x, y = _digits(split)
+    elif name.endswith(".npz"):
+        x, y = _from_file(_own(name))
+    else:
+        x, y = _named(name, split, n)
     if n is not None and n > len(x):
         raise ValueError(f"n={n!r}: {name!r} holds {len(x)} {split} samples here")
     return x[:n], y[:n]
+
+
+def fetch(name: str) -> Path:
+    """Download a data set to the folder ``torchvision`` of ``WDA_DATA``, where `load` finds it.
+
+    Raises
+    ------
+    DataUnavailable
+        ``WDA_DATA`` is not set, or the download failed.
+    ValueError
+        There is no such data set to fetch, or torchvision refuses the files that are there.
+    OSError
+        The folder cannot be written.
+
+    Examples
+    --------
+    >>> fetch("mnist")  # doctest: +SKIP
+    PosixPath('/data/torchvision/MNIST')
+    """
+    choice("data", name, vision.NAMES)
+    folder = data_folder()
+    if folder is None:
+        raise DataUnavailable(f"data={name!r}: set the variable WDA_DATA to the folder that it is to be fetched to")
+    return vision.fetch(name, folder / "torchvision")
 
 
 def data_folder() -> Path | None:
@@ -92,28 +126,35 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
     return x, torch.tensor(labels[rows], dtype=torch.int64)
 
 
-def _find(name: str, split: str) -> Path:
-    if name.endswith(".npz"):
-        if not Path(name).is_file():
-            raise DataUnavailable(f"data={name!r}: there is no such file")
-        return Path(name)
+def _own(name: str) -> Path:
+    if not Path(name).is_file():
+        raise DataUnavailable(f"data={name!r}: there is no such file")
+    return Path(name)
+
+
+def _named(name: str, split: str, n: int | None) -> tuple[Tensor, Tensor]:
+    """The whole split in a file of arrays or in torchvision's files, or else the longest beginning in a file."""
+    fetched = f", or `wda fetch {name}`" if name in vision.NAMES else ""
     folder = data_folder()
     if folder is None:
         raise DataUnavailable(
             f"data={name!r}: 'digits' and paths that end in .npz need nothing else; for others set the variable "
-            f"WDA_DATA to a folder that holds data/{name}_{split}.npz (arrays x and y)"
+            f"WDA_DATA to a folder that holds data/{name}_{split}.npz (arrays x and y){fetched}"
         )
     exact = folder / "data" / f"{name}_{split}.npz"
     if exact.is_file():
-        return exact
+        return _from_file(exact)
+    torchvision = folder / "torchvision"
+    if name in vision.NAMES and vision.folder_of(name, torchvision).is_dir():
+        return vision.load(name, split, n, torchvision)
     first = re.compile(rf"{re.escape(name)}_{split}_first(\d+)\.npz")
     prefixes = {int(m[1]): file for file in folder.glob("data/*.npz") if (m := first.fullmatch(file.name))}
     if not prefixes:
         raise DataUnavailable(
             f"data={name!r}: neither {exact} nor {exact.stem}_firstN.npz beside it is there; "
-            "put one there (arrays x and y)"
+            f"put one there (arrays x and y){fetched}"
         )
-    return prefixes[max(prefixes)]
+    return _from_file(prefixes[max(prefixes)])
 
 
 def _from_file(path: Path) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from wda import vision
 from wda.checks import choice, whole
 from wda.errors import DataUnavailable
 
-__all__ = ["data_folder", "fetch", "load"]
+__all__ = ["data_folder", "fetch", "find", "load"]
 
 _TEST_EVERY = 3
 
@@ -67,13 +67,56 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
         n = whole("n", n)
     if name == "digits":
         x, y = _digits(split)
-    elif name.endswith(".npz"):
-        x, y = _from_file(_own(name))
+    elif (place := find(name, split)).is_dir():
+        x, y = vision.load(name, split, n, place)
     else:
-        x, y = _named(name, split, n)
+        x, y = _from_file(place)
     if n is not None and n > len(x):
         raise ValueError(f"n={n!r}: {name!r} holds {len(x)} {split} samples here")
     return x[:n], y[:n]
+
+
+def find(name: str, split: str = "test") -> Path:
+    """Where a data set other than the digits is: a file of arrays, or the folder of torchvision's files.
+
+    The whole split comes before its beginning, and of several beginnings the longest counts.
+
+    Raises
+    ------
+    DataUnavailable
+        It is not there; the message says where it is looked for.
+
+    Examples
+    --------
+    >>> find("nowhere.npz")
+    Traceback (most recent call last):
+    ...
+    wda.errors.DataUnavailable: data='nowhere.npz': there is no such file
+    """
+    if name.endswith(".npz"):
+        if not Path(name).is_file():
+            raise DataUnavailable(f"data={name!r}: there is no such file")
+        return Path(name)
+    fetched = f", or `wda fetch {name}`" if name in vision.NAMES else ""
+    folder = data_folder()
+    if folder is None:
+        raise DataUnavailable(
+            f"data={name!r}: 'digits' and paths that end in .npz need nothing else; for others set the variable "
+            f"WDA_DATA to a folder that holds data/{name}_{split}.npz (arrays x and y){fetched}"
+        )
+    exact = folder / "data" / f"{name}_{split}.npz"
+    if exact.is_file():
+        return exact
+    if name in vision.NAMES and (fetched_to := vision.folder_of(name, folder / "torchvision")).is_dir():
+        return fetched_to
+    first = re.compile(rf"{re.escape(name)}_{split}_first(\d+)\.npz")
+    prefixes = {int(m[1]): file for file in folder.glob("data/*.npz") if (m := first.fullmatch(file.name))}
+    if not prefixes:
+        raise DataUnavailable(
+            f"data={name!r}: neither {exact} nor {exact.stem}_firstN.npz beside it is there; "
+            f"put one there (arrays x and y){fetched}"
+        )
+    return prefixes[max(prefixes)]
 
 
 def fetch(name: str) -> Path:
@@ -93,7 +136,10 @@ def fetch(name: str) -> Path:
     >>> fetch("mnist")  # doctest: +SKIP
     PosixPath('/data/torchvision/MNIST')
     """
-    choice("data", name, vision.NAMES)
+    if name not in vision.NAMES:
+        raise ValueError(
+            f"data={name!r}: {', '.join(vision.NAMES)} can be fetched, and models as 'robustbench:DATA/THREAT/ID'"
+        )
     folder = data_folder()
     if folder is None:
         raise DataUnavailable(f"data={name!r}: set the variable WDA_DATA to the folder that it is to be fetched to")
@@ -124,37 +170,6 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
     rows = test if split == "test" else ~test
     x = torch.tensor(images[rows] / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
     return x, torch.tensor(labels[rows], dtype=torch.int64)
-
-
-def _own(name: str) -> Path:
-    if not Path(name).is_file():
-        raise DataUnavailable(f"data={name!r}: there is no such file")
-    return Path(name)
-
-
-def _named(name: str, split: str, n: int | None) -> tuple[Tensor, Tensor]:
-    """The whole split in a file of arrays or in torchvision's files, or else the longest beginning in a file."""
-    fetched = f", or `wda fetch {name}`" if name in vision.NAMES else ""
-    folder = data_folder()
-    if folder is None:
-        raise DataUnavailable(
-            f"data={name!r}: 'digits' and paths that end in .npz need nothing else; for others set the variable "
-            f"WDA_DATA to a folder that holds data/{name}_{split}.npz (arrays x and y){fetched}"
-        )
-    exact = folder / "data" / f"{name}_{split}.npz"
-    if exact.is_file():
-        return _from_file(exact)
-    torchvision = folder / "torchvision"
-    if name in vision.NAMES and vision.folder_of(name, torchvision).is_dir():
-        return vision.load(name, split, n, torchvision)
-    first = re.compile(rf"{re.escape(name)}_{split}_first(\d+)\.npz")
-    prefixes = {int(m[1]): file for file in folder.glob("data/*.npz") if (m := first.fullmatch(file.name))}
-    if not prefixes:
-        raise DataUnavailable(
-            f"data={name!r}: neither {exact} nor {exact.stem}_firstN.npz beside it is there; "
-            f"put one there (arrays x and y){fetched}"
-        )
-    return _from_file(prefixes[max(prefixes)])
 
 
 def _from_file(path: Path) -> tuple[Tensor, Tensor]:

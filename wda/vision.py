@@ -30,6 +30,11 @@ _CLASSES = {
     "mnist": ("MNIST", "MNIST"),
 }
 
+_IMAGENET = (
+    "its images are given out at image-net.org for research: put the validation set there, in a folder for each of its "
+    "1,000 classes (n01440764/ILSVRC2012_val_00000293.JPEG)"
+)
+
 NAMES = (*_CLASSES, "imagenet")
 
 
@@ -44,7 +49,7 @@ def folder_of(name: str, root: Path) -> Path:
     return root / "imagenet" / "val" if name == "imagenet" else root / _CLASSES[name][1]
 
 
-def load(name: str, split: str, n: int | None, root: Path) -> tuple[Tensor, Tensor]:
+def load(name: str, split: str, n: int | None, folder: Path) -> tuple[Tensor, Tensor]:
     """A labelled sample from the files of a data set; the first n samples of the split.
 
     "imagenet" has test images only: the 5,000 of the validation set that RobustBench evaluates on, in its order, each
@@ -56,8 +61,8 @@ def load(name: str, split: str, n: int | None, root: Path) -> tuple[Tensor, Tens
     split : {"test", "train"}
     n : int, optional
         By default all.
-    root : Path
-        The folder of torchvision's data sets.
+    folder : Path
+        The data set's own, see `folder_of`.
 
     Returns
     -------
@@ -67,22 +72,19 @@ def load(name: str, split: str, n: int | None, root: Path) -> tuple[Tensor, Tens
     Raises
     ------
     DataUnavailable
-        The files, torchvision or RobustBench's list of images are not here.
+        An image, torchvision or RobustBench's list of images is not here.
     ValueError
         torchvision refuses the files; or a split that the data set does not have.
 
     Examples
     --------
-    >>> x, y = load("cifar10", "test", 100, Path("/data/torchvision"))  # doctest: +SKIP
+    >>> x, y = load("cifar10", "test", 100, Path("/data/cifar-10-batches-py"))  # doctest: +SKIP
     >>> x.shape  # doctest: +SKIP
     torch.Size([100, 3, 32, 32])
     """
-    folder = folder_of(name, root)
-    if not folder.is_dir():
-        raise DataUnavailable(f"data={name!r}: the folder {folder} is not there; {_how_to_get(name)}")
     if name == "imagenet":
         return _imagenet(split, n, folder)
-    stored = _open(name, split, root)
+    stored = _open(name, split, folder)
     x = torch.from_numpy(np.array(stored.data))[:n]
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
     return x.contiguous().float() / 255, torch.tensor(stored.targets, dtype=torch.int64)[:n]
@@ -112,11 +114,10 @@ def fetch(name: str, root: Path) -> Path:
     """
     folder = folder_of(name, root)
     if folder.is_dir():
-        for split in ("test", "train"):
-            load(name, split, 1, root) if name != "imagenet" else load(name, "test", 1, root)
+        load(name, "test", 1, folder)
         return folder
     if name == "imagenet":
-        raise DataUnavailable(f"data='imagenet': the folder {folder} is not there; {_how_to_get(name)}")
+        raise DataUnavailable(f"data='imagenet': the folder {folder} is not there; {_IMAGENET}")
     make = _class(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -146,25 +147,15 @@ def _class(name: str) -> Any:
     return getattr(_torchvision().datasets, _CLASSES[name][0])
 
 
-def _open(name: str, split: str, root: Path) -> Any:
+def _open(name: str, split: str, folder: Path) -> Any:
     make = _class(name)
     try:
-        return make(root, train=split == "train", download=False)
+        return make(folder.parent, train=split == "train", download=False)
     except Exception as error:  # whatever its reader stumbles over
-        folder = folder_of(name, root)
         raise ValueError(
             f"data={name!r}: torchvision refuses the files in {folder}, by their checksums where it has them: "
             f"{type(error).__name__}: {error}; remove the folder, and `wda fetch {name}` fetches them anew"
         ) from error
-
-
-def _how_to_get(name: str) -> str:
-    if name == "imagenet":
-        return (
-            "its images are given out at image-net.org for research: put the validation set there, in a folder for "
-            "each of its 1,000 classes (n01440764/ILSVRC2012_val_00000293.JPEG)"
-        )
-    return f"`wda fetch {name}` fetches it"
 
 
 def _imagenet(split: str, n: int | None, folder: Path) -> tuple[Tensor, Tensor]:
@@ -186,8 +177,7 @@ def _imagenet(split: str, n: int | None, folder: Path) -> tuple[Tensor, Tensor]:
             images.append(view(vision.datasets.folder.default_loader(folder / name)))
         except FileNotFoundError as error:
             raise DataUnavailable(
-                f"data='imagenet': {folder / name} is not there, of the {len(names)} images asked for; "
-                f"{_how_to_get('imagenet')}"
+                f"data='imagenet': {folder / name} is not there, of the {len(names)} images asked for; {_IMAGENET}"
             ) from error
         except OSError as error:
             raise ValueError(f"data='imagenet': {folder / name} is no image: {error}") from error

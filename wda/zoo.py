@@ -200,7 +200,7 @@ def _known(name: str) -> _Model:
         near = difflib.get_close_matches(f"{dataset}/{threat}/{identifier}", every, n=4)
         raise ValueError(
             f"model={name!r}: RobustBench has no such model; "
-            + (f"near are {', '.join(near)}" if near else "see its list of models for those it has")
+            + (f"near are {', '.join(PREFIX + other for other in near)}" if near else "see its list of models for those it has")
         )
     if not all(source):
         raise ValueError(
@@ -301,7 +301,8 @@ def _download(model: _Model, source: str, path: Path) -> None:
     with workplace as folder:
         part = Path(folder) / path.name
         try:
-            importlib.import_module("robustbench.utils").download_gdrive_new(source, part)
+            with contextlib.redirect_stdout(sys.stderr):
+                importlib.import_module("robustbench.utils").download_gdrive_new(source, part)
         except Exception as error:  # of requests, gdown or urllib3: all mean that it did not come
             raise DataUnavailable(
                 f"model={model.name!r}: it cannot be fetched from Google Drive, id {source}: "

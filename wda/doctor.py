@@ -13,8 +13,9 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,12 +36,14 @@ _EXTRAS = ("data", "transport", "certificates", "attacks", "zoo", "notebooks")
 _TOLERANCE = 1e-5
 
 
-class Finding(NamedTuple):
+@dataclass(frozen=True)
+class Finding:
     """One thing looked at.
 
     Attributes
     ----------
-    section, name : str
+    section : str
+    name : str
     state : {"ok", "missing", "WRONG"}
         Missing is what could be here and need not.
     detail : str
@@ -271,7 +274,7 @@ def _files(pattern: str) -> list[Path]:
 def _notebooks() -> Iterator[Finding]:
     for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb")):
         finding = _found("notebooks", path.name, lambda path=path: _notebook_told(path))  # type: ignore[misc]
-        yield finding._replace(state="WRONG") if finding.state == "missing" else finding
+        yield replace(finding, state="WRONG") if finding.state == "missing" else finding
 
 
 def _notebook_told(path: Path) -> str:

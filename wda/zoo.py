@@ -200,7 +200,11 @@ def _known(name: str) -> _Model:
         near = difflib.get_close_matches(f"{dataset}/{threat}/{identifier}", every, n=4)
         raise ValueError(
             f"model={name!r}: RobustBench has no such model; "
-            + (f"near are {', '.join(PREFIX + other for other in near)}" if near else "see its list of models for those it has")
+            + (
+                f"near are {', '.join(PREFIX + other for other in near)}"
+                if near
+                else "see its list of models for those it has"
+            )
         )
     if not all(source):
         raise ValueError(

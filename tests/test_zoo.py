@@ -112,7 +112,7 @@ def test_a_wide_network_is_loaded_and_attacked(folder: Path) -> None:
     with pytest.raises(
         ValueError, match=r"x has values in .* outside box=\(0.0, 1.0\): .*normalisation belongs inside"
     ):
-        wda.attack("wda", net, 255 * x, z.argmax(1), threat)
+        wda.attack("wda", net, raw, z.argmax(1), threat)
 
 
 class Small(nn.Module):

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +52,8 @@ def load(name: str, split: str, n: int | None, folder: Path) -> tuple[Tensor, Te
     """A labelled sample from the files of a data set; the first n samples of the split.
 
     "imagenet" has test images only: the 5,000 of the validation set that RobustBench evaluates on, in its order, each
-    resized to 256 (bicubic) and cropped to the 224 x 224 in its middle, as the models of Table 1 want it.
+    resized to 256 (bicubic) and cropped to the 224 x 224 in its middle, as the models of Table 1 want it. Labels number
+    the 1,000 classes, whichever of their folders are there.
 
     Parameters
     ----------
@@ -85,9 +85,9 @@ def load(name: str, split: str, n: int | None, folder: Path) -> tuple[Tensor, Te
     if name == "imagenet":
         return _imagenet(split, n, folder)
     stored = _open(name, split, folder)
-    x = torch.from_numpy(np.array(stored.data))[:n]
+    x = torch.as_tensor(stored.data)[:n]
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-    return x.contiguous().float() / 255, torch.tensor(stored.targets, dtype=torch.int64)[:n]
+    return x.contiguous().float() / 255, torch.as_tensor(stored.targets, dtype=torch.int64)[:n]
 
 
 def fetch(name: str, root: Path) -> Path:

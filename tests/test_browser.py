@@ -181,6 +181,8 @@ def test_page(site: str, browser: Any, page: str) -> None:
     assert not state["raw"], "TeX source in the text"
     assert not state["broken"], "images that do not load"
     console = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    if page == "index.html":  # it names no icon, and some browsers have asked for one before they are forwarded
+        console = [entry for entry in console if "/favicon.ico" not in entry["message"]]
     assert not console
     away = {url for url in requested(browser) if not url.startswith((f"{site}/", "data:", "blob:", "chrome"))}
     assert not away, "requests that leave the machine"

@@ -164,7 +164,7 @@ class Bracket:
         ----------
         path : path
         **about
-            What else to say in the record, such as ``provenance=wda.experiment.provenance()``.
+            What else to say in the record, such as the model and where the figures are from.
 
         Examples
         --------

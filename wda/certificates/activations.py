@@ -36,7 +36,14 @@ _FAR = 1e100
 
 
 class Lines(NamedTuple):
-    """A line below and a line above an activation: slope and offset for each unit."""
+    """A line below and a line above an activation: slope and offset for each unit.
+
+    Examples
+    --------
+    >>> lines = relu_lines(torch.tensor([-1.0]), torch.tensor([3.0]))
+    >>> lines.lower.tolist(), lines.upper.tolist()
+    ([1.0], [0.75])
+    """
 
     lower: Tensor
     lower_offset: Tensor
@@ -45,11 +52,25 @@ class Lines(NamedTuple):
 
 
 def bends(node: Node) -> bool:
+    """Whether an activation is another one than ReLU.
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> [bends(node) for node in from_module(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.GELU())).activations]
+    [True]
+    """
     return node.activation != "relu"
 
 
 def derivative(call: Map, x: Tensor, order: int = 1) -> Tensor:
-    """A derivative of an elementwise map at each entry of x; at infinity its limit."""
+    """A derivative of an elementwise map at each entry of x; at infinity its limit.
+
+    Examples
+    --------
+    >>> derivative(torch.sigmoid, torch.tensor([0.0, torch.inf]).double()).tolist()
+    [0.25, 0.0]
+    """
     x = x.detach().clamp(-_FAR, _FAR).requires_grad_()
     with torch.enable_grad():
         value = call(x)
@@ -82,7 +103,16 @@ def _turning_points(call: Map) -> Bounds:
 
 
 def slopes(node: Node, low: Tensor, high: Tensor) -> Bounds:
-    """The least and the largest derivative over [low, high], as computed."""
+    """The least and the largest derivative over [low, high], as computed.
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> (gelu,) = from_module(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.GELU())).activations
+    >>> low, high = torch.tensor([-1.0]).double(), torch.tensor([1.0]).double()
+    >>> [round(float(side), 4) for side in slopes(gelu, low, high)]
+    [-0.0833, 1.0833]
+    """
     if not bends(node):
         return (low > 0).to(low), (high >= 0).to(low)
     inside = [t.clamp(low, high) for t in _turning_points(node.call)[1].to(low)]
@@ -94,6 +124,14 @@ def image(node: Node, low: Tensor, high: Tensor) -> Bounds:
     """Bounds of an activation over [low, high]: its extremes are at the ends or where its derivative changes sign.
 
     An error in that place enters the value squared.
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> (gelu,) = from_module(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.GELU())).activations
+    >>> low, high = torch.tensor([-1.0]).double(), torch.tensor([1.0]).double()
+    >>> [round(float(side), 4) for side in image(gelu, low, high)]
+    [-0.17, 0.8413]
     """
     if not bends(node):
         return relu(low), relu(high)
@@ -115,6 +153,11 @@ def relu_lines(low: Tensor, high: Tensor) -> Lines:
     Through 0 with a slope in [0, 1] a line is below. With whatever slope s in [0, 1], the line of offset
     max(-s low, (1 - s) high) is above: it is so at both ends, and ReLU is convex. So the rounding of s does no harm,
     and that of the offset, 3u of itself, is made good.
+
+    Examples
+    --------
+    >>> relu_lines(torch.tensor([-1.0]), torch.tensor([1.0])).upper_offset.tolist()
+    [0.5]
     """
     unstable = (low < 0) & (high > 0)
     on = (low >= 0).to(low)
@@ -125,7 +168,17 @@ def relu_lines(low: Tensor, high: Tensor) -> Lines:
 
 
 def bent_lines(node: Node, low: Tensor, high: Tensor) -> Lines:
-    """Lines for a smooth activation: of two slopes that with the tighter line in the middle of [low, high]."""
+    """Lines for a smooth activation: of two slopes that with the tighter line in the middle of [low, high].
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> (gelu,) = from_module(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.GELU())).activations
+    >>> low, high = torch.tensor([-1.0]).double(), torch.tensor([1.0]).double()
+    >>> lines, middle = bent_lines(gelu, low, high), gelu.call(torch.zeros(1).double())
+    >>> bool(lines.lower_offset <= middle <= lines.upper_offset)
+    True
+    """
     middle = (low + high) / 2
     tangent = derivative(node.call, middle)
     wide = high - low > 1e-6  # the chord of a shorter interval is lost to rounding

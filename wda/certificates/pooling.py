@@ -16,7 +16,15 @@ __all__ = ["value_shape", "windows", "without_pooling"]
 
 
 def value_shape(net: Net, value: int) -> tuple[int, ...]:
-    """The shape of a value of a network: of the input for 0, of the output of a node otherwise."""
+    """The shape of a value of a network: of the input for 0, of the output of a node otherwise.
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> net = from_module(torch.nn.Linear(3, 2))
+    >>> value_shape(net, 0), value_shape(net, 1)
+    ((3,), (2,))
+    """
     return net.nodes[value - 1].shape if value else net.shape
 
 
@@ -49,6 +57,14 @@ def without_pooling(net: Net) -> tuple[Net, list[int]]:
 
     The entries of a window are gathered by linear maps, one for each position in it, and their maximum is built from
     :math:`\\max(a, b) = a + [b - a]_+`, halving their number each time.
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> net = from_module(torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.Flatten()), shape=(1, 2, 2))
+    >>> flat, place = without_pooling(net)
+    >>> flat.units, float(flat(torch.tensor([[[[1.0, 2.0], [4.0, 3.0]]]])))
+    ((1, 1, 1), 4.0)
     """
     nodes: list[Node] = []
     place = [0]

@@ -23,7 +23,9 @@ LAYERS = [
     {"checks", "errors", "files"},
     {"norms", "losses"},
     {"threat", "passes"},
+    {"vision", "weights"},
     {"data"},
+    {"zoo"},
     {"models", "_transport"},
     {"nets"},
     {"distribution", "budget", "cells"},
@@ -32,6 +34,7 @@ LAYERS = [
     {"evaluate"},
     {"figures"},
     {"experiment"},
+    {"doctor"},
     {"cli"},
 ]
 

@@ -68,6 +68,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.add_argument("name", help="of the sweep")
     table.add_argument("-o", "--output", help="the folder of the sweep (default: results/NAME)")
     table.set_defaults(command=_table)
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a model or a data set",
+        description="Download to the folder that WDA_DATA names, check, and only then put in place. What is there "
+        "already is checked and kept.",
+    )
+    fetch.add_argument(
+        "names", nargs="+", metavar="NAME", help="cifar10, cifar100, mnist, or a model as robustbench:cifar10/Linf/ID"
+    )
+    fetch.set_defaults(command=_fetch)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is here, and whether it works",
+        description="Versions, devices, data, weights, what each notebook needs, and a check of the numerics. The exit "
+        "status is 1 where something is wrong; what is merely missing can be fetched or done without.",
+    )
+    doctor.set_defaults(command=_doctor)
     options = parser.parse_args(arguments)
     return int(options.command(options))
 
@@ -150,6 +167,35 @@ def _table(options: argparse.Namespace) -> int:
     if missing:
         print(f"{len(missing)} of {len(sweep.tasks)} cells have no record", file=sys.stderr)
     return int(bool(missing))
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from wda import data, zoo
+
+    status = 0
+    for name in options.names:
+        try:
+            for path in zoo.fetch(name) if name.startswith(zoo.PREFIX) else [data.fetch(name)]:
+                print(path)
+        except (OSError, ValueError) as error:
+            print(f"wda fetch: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from wda.doctor import examine
+
+    section, wrong, missing = "", 0, 0
+    for finding in examine():
+        if finding.section != section:
+            section = finding.section
+            print(section)
+        print(f"  {finding.state:7} {finding.name:22} {finding.detail}", flush=True)
+        wrong += finding.state == "WRONG"
+        missing += finding.state == "missing"
+    print(f"{wrong or 'nothing'} wrong, {missing or 'nothing'} missing")
+    return int(wrong > 0)
 
 
 def _value(text: str) -> object:

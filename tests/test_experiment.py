@@ -221,7 +221,7 @@ def test_output_that_cannot_be_written_is_found_before_the_first_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(experiment, "attack", lambda *_, **__: pytest.fail("an attack ran"))
+    monkeypatch.setattr("wda.experiment.cells.attack", lambda *_, **__: pytest.fail("an attack ran"))
     with pytest.raises(OSError, match=r"file.*cannot be written"):
         experiment.run(n=5, output=tmp_path / "file" / "out")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -386,6 +387,43 @@ def test_a_function_of_ones_own_gives_a_model_in_evaluation_mode(own: str) -> No
 def test_a_function_that_gives_no_model_is_named(own: str, function: str, error: type[Exception], named: str) -> None:
     with pytest.raises(error, match=named):
         models.load(f"{own}:{function}")
+
+
+@pytest.mark.parametrize("kind", ["pt", "npz", "safetensors"])
+def test_a_function_of_ones_own_is_filled_from_a_file(kind: str, own: str, tmp_path: Path) -> None:
+    state = {"1.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "1.bias": torch.tensor([5.0, 6.0])}
+    path = tmp_path / f"net.{kind}"
+    if kind == "pt":
+        torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
+    elif kind == "npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in state.items()})
+    else:
+        save_file(state, path)
+    model = models.load(f"{own}:net@{path}")
+    assert not model.training
+    assert model(torch.tensor([[1.0, -1.0]])).tolist() == [[4.0, 5.0]]
+
+
+def test_a_file_that_does_not_fill_a_function_is_named(own: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    name = f"{own}:net@{path}"
+    with pytest.raises(DataUnavailable, match=f"model='{name}': the weights {path} are not there"):
+        models.load(name)
+    torch.save({"1.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(
+        ValueError, match=rf"(?s)model='{name}': the weights do not fit what {own}:net returns: .*1.bias"
+    ):
+        models.load(name)
+    torch.save(nn.Linear(2, 2), path)
+    with pytest.raises(ValueError, match=rf"model='{name}': {path} holds more than tensors: .*Linear"):
+        models.load(name)
+    with pytest.raises(ValueError, match="'module:function' is accepted"):
+        models.load(f"own.py:net@{path}")
+
+
+def test_a_misspelt_model_is_told_the_nearest(no_wda_data: None) -> None:
+    with pytest.raises(DataUnavailable, match=r"model='digits-mpl': is 'digits-mlp' meant\? at hand are"):
+        models.load("digits-mpl")
 
 
 def test_a_module_that_is_not_there_is_named() -> None:

@@ -52,13 +52,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_carries_the_package_and_the_bundled_models(wheel: Path) -> None:
+def test_wheel_carries_the_package_the_bundled_models_and_the_published_tables(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "wda").rglob("*.py")}
     models = {path.name for path in (ROOT / "data" / "models").iterdir() if path.is_file()}
     assert modules | {"wda/py.typed"} <= names
     assert any(name.endswith(".safetensors") for name in models)
     assert {f"wda/_bundled/{name}" for name in models} <= names
+    assert {f"wda/_published/{path.name}" for path in (ROOT / "data" / "published").glob("*.csv")} <= names
     folders = {name.split("/")[0] for name in names}
     assert folders == {"wda", f"wda-{PROJECT['version']}.dist-info"}
     assert not {name for name in names if "__pycache__" in name}

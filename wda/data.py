@@ -1,4 +1,7 @@
-"""Data sets by name: scikit-learn's digits offline, files under ``WDA_DATA``, or any ``.npz`` of one's own."""
+"""Data sets by name: scikit-learn's digits offline, files under ``WDA_DATA``, or any ``.npz`` of one's own.
+
+Under ``WDA_DATA`` the folder ``data`` has files of arrays, and ``torchvision`` what torchvision's readers read.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wda import vision
 from wda.checks import choice, whole
 from wda.errors import DataUnavailable
 
-__all__ = ["data_folder", "load"]
+__all__ = ["data_folder", "fetch", "find", "load"]
 
 _TEST_EVERY = 3
 
@@ -30,7 +34,8 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
         Otherwise a path that ends in ``.npz``, or the name of a data set in the folder ``data`` of ``WDA_DATA``:
         "mnist" finds ``mnist_test.npz``, or ``mnist_test_firstN.npz``, which holds the first N images of the split.
         Such a file has arrays `x` and `y`. Bytes are images (N, H, W) or (N, H, W, C) and are divided by 255;
-        floating-point numbers are taken as they are.
+        floating-point numbers are taken as they are. Where there is no file of the whole split, "cifar10", "cifar100",
+        "mnist" and "imagenet" are also found in the folder ``torchvision``, see `wda.vision.load`.
     split : {"test", "train"}
         Ignored for a path.
     n : int, optional
@@ -47,7 +52,7 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
     DataUnavailable
         The file is not there; the message says where it is looked for.
     ValueError
-        A bad argument, a file without x and y, or fewer than n samples.
+        A bad argument, a file without x and y, files that torchvision refuses, or fewer than n samples.
 
     Examples
     --------
@@ -60,10 +65,85 @@ def load(name: str = "digits", split: str = "test", n: int | None = None) -> tup
     choice("split", split, ("test", "train"))
     if n is not None:
         n = whole("n", n)
-    x, y = _digits(split) if name == "digits" else _from_file(_find(name, split))
+    if name == "digits":
+        x, y = _digits(split)
+    elif (place := find(name, split)).is_dir():
+        x, y = vision.load(name, split, n, place)
+    else:
+        x, y = _from_file(place)
     if n is not None and n > len(x):
         raise ValueError(f"n={n!r}: {name!r} holds {len(x)} {split} samples here")
     return x[:n], y[:n]
+
+
+def find(name: str, split: str = "test") -> Path:
+    """Where a data set other than the digits is: a file of arrays, or the folder of torchvision's files.
+
+    The whole split comes before its beginning, and of several beginnings the longest counts.
+
+    Raises
+    ------
+    DataUnavailable
+        It is not there; the message says where it is looked for.
+
+    Examples
+    --------
+    >>> find("nowhere.npz")
+    Traceback (most recent call last):
+    ...
+    wda.errors.DataUnavailable: data='nowhere.npz': there is no such file
+    """
+    if name.endswith(".npz"):
+        if not Path(name).is_file():
+            raise DataUnavailable(f"data={name!r}: there is no such file")
+        return Path(name)
+    fetched = f", or `wda fetch {name}`" if name in vision.NAMES else ""
+    folder = data_folder()
+    if folder is None:
+        raise DataUnavailable(
+            f"data={name!r}: 'digits' and paths that end in .npz need nothing else; for others set the variable "
+            f"WDA_DATA to a folder that holds data/{name}_{split}.npz (arrays x and y){fetched}"
+        )
+    exact = folder / "data" / f"{name}_{split}.npz"
+    if exact.is_file():
+        return exact
+    if name in vision.NAMES and (fetched_to := vision.folder_of(name, folder / "torchvision")).is_dir():
+        return fetched_to
+    first = re.compile(rf"{re.escape(name)}_{split}_first(\d+)\.npz")
+    prefixes = {int(m[1]): file for file in folder.glob("data/*.npz") if (m := first.fullmatch(file.name))}
+    if not prefixes:
+        raise DataUnavailable(
+            f"data={name!r}: neither {exact} nor {exact.stem}_firstN.npz beside it is there; "
+            f"put one there (arrays x and y){fetched}"
+        )
+    return prefixes[max(prefixes)]
+
+
+def fetch(name: str) -> Path:
+    """Download a data set to the folder ``torchvision`` of ``WDA_DATA``, where `load` finds it.
+
+    Raises
+    ------
+    DataUnavailable
+        ``WDA_DATA`` is not set, or the download failed.
+    ValueError
+        There is no such data set to fetch, or torchvision refuses the files that are there.
+    OSError
+        The folder cannot be written.
+
+    Examples
+    --------
+    >>> fetch("mnist")  # doctest: +SKIP
+    PosixPath('/data/torchvision/MNIST')
+    """
+    if name not in vision.NAMES:
+        raise ValueError(
+            f"data={name!r}: {', '.join(vision.NAMES)} can be fetched, and models as 'robustbench:DATA/THREAT/ID'"
+        )
+    folder = data_folder()
+    if folder is None:
+        raise DataUnavailable(f"data={name!r}: set the variable WDA_DATA to the folder that it is to be fetched to")
+    return vision.fetch(name, folder / "torchvision")
 
 
 def data_folder() -> Path | None:
@@ -90,30 +170,6 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
     rows = test if split == "test" else ~test
     x = torch.tensor(images[rows] / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
     return x, torch.tensor(labels[rows], dtype=torch.int64)
-
-
-def _find(name: str, split: str) -> Path:
-    if name.endswith(".npz"):
-        if not Path(name).is_file():
-            raise DataUnavailable(f"data={name!r}: there is no such file")
-        return Path(name)
-    folder = data_folder()
-    if folder is None:
-        raise DataUnavailable(
-            f"data={name!r}: 'digits' and paths that end in .npz need nothing else; for others set the variable "
-            f"WDA_DATA to a folder that holds data/{name}_{split}.npz (arrays x and y)"
-        )
-    exact = folder / "data" / f"{name}_{split}.npz"
-    if exact.is_file():
-        return exact
-    first = re.compile(rf"{re.escape(name)}_{split}_first(\d+)\.npz")
-    prefixes = {int(m[1]): file for file in folder.glob("data/*.npz") if (m := first.fullmatch(file.name))}
-    if not prefixes:
-        raise DataUnavailable(
-            f"data={name!r}: neither {exact} nor {exact.stem}_firstN.npz beside it is there; "
-            "put one there (arrays x and y)"
-        )
-    return prefixes[max(prefixes)]
 
 
 def _from_file(path: Path) -> tuple[Tensor, Tensor]:

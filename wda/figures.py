@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wda.threat import radius_text
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from wda.evaluate import Bracket
 
-__all__ = ["COLOURS", "MARKERS", "accuracy_over_kappa", "bracket_curves"]
+__all__ = ["COLOURS", "MARKERS", "accuracy_over_kappa", "accuracy_over_passes", "accuracy_over_steps", "bracket_curves"]
 
 # Told apart by their lightness, so also in greyscale, and by readers who do not see red and green apart.
 COLOURS = ("#0b2a4a", "#c1432e", "#4c9a8e", "#e3a93c", "#9db4c8")
@@ -138,3 +139,95 @@ def bracket_curves(
     panels[0][0].set_ylim(0, 101)
     panels[0][-1].legend(fontsize="small", loc="upper right")
     return figure
+
+
+def accuracy_over_steps(results: pd.DataFrame) -> Figure:
+    """Accuracy under "wda" as steps are added: a panel for each model, a line for each step size.
+
+    Parameters
+    ----------
+    results : DataFrame
+        From `wda.experiment.read` or `wda.experiment.frame`.
+
+    Raises
+    ------
+    ValueError
+        No record is of the attack "wda".
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> what = {"model": "m", "attack": "wda", "kappa": 1.0, "options": {"steps": 5, "step_size": None}}
+    >>> what |= {"norm": "L2", "eps": 0.5, "order": "1.0", "accuracy": 0.5, "clean_accuracy": 1.0}
+    >>> len(accuracy_over_steps(pd.DataFrame([what])).axes)
+    1
+    """
+    runs = results[results.attack == "wda"]
+    if runs.empty:
+        raise ValueError("results has no record of the attack 'wda'")
+    runs = runs.assign(steps=runs.options.str["steps"], size=[_size(chosen) for chosen in runs.options])
+    figure, panels = _panels(runs.model.nunique())
+    for panel, (model, of_model) in zip(panels, runs.groupby("model", sort=False), strict=True):
+        looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
+        for (size, line), (colour, marker) in zip(of_model.groupby("size", sort=False), looks, strict=False):
+            line = line.sort_values("steps")
+            panel.plot(line.steps, 100 * line.accuracy, color=colour, marker=marker, label=size)
+        panel.set_title(model, fontsize="medium")
+        panel.set_xscale("log")
+        panel.set_xlabel("steps")
+        panel.legend(fontsize="small", title="step size")
+    return figure
+
+
+def _size(chosen: dict[str, float | None]) -> str:
+    """The step size as a legend has it."""
+    return "cosine" if chosen["step_size"] is None else repr(chosen["step_size"])
+
+
+def accuracy_over_passes(results: pd.DataFrame) -> Figure:
+    """What each attack finds over what it costs: a panel for each model, norm and radius, a point for each attack.
+
+    Parameters
+    ----------
+    results : DataFrame
+        From `wda.experiment.frame`, with a column `label` that names the attacks.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> what = {"model": "m", "label": "pgd", "kappa": 1.0, "norm": "L2", "eps": 0.5, "order": "1.0"}
+    >>> figure = accuracy_over_passes(pd.DataFrame([what | {"accuracy": 0.5, "forward": 21.0, "backward": 20.0}]))
+    >>> figure.axes[0].get_xlabel()
+    'passes per sample'
+    """
+    groups = list(results.groupby(["model", "norm", "eps"], sort=False))
+    names = [
+        f"{label} κ={kappa:g}" if kappa > 1 else label
+        for label, kappa in zip(results.label, results.kappa, strict=True)
+    ]
+    results = results.assign(name=names, threat="W" + results.order.str.removesuffix(".0"))
+    looks = dict(zip(results.threat.unique(), itertools.cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
+    figure, panels = _panels(len(groups))
+    for panel, ((model, norm, eps), of_model) in zip(panels, groups, strict=True):
+        for threat, points in results.loc[of_model.index].groupby("threat", sort=False):
+            colour, marker = looks[threat]
+            passes = points.forward + points.backward
+            panel.plot(passes, 100 * points.accuracy, color=colour, marker=marker, linestyle="", label=threat)
+            for name, x, y in zip(points.name, passes, 100 * points.accuracy, strict=True):
+                panel.annotate(name, (x, y), (3, 3), textcoords="offset points", fontsize="x-small")
+        panel.set_title(f"{model}\n{norm} {radius_text(eps)}", fontsize="medium")
+        panel.set_xscale("log")
+        panel.margins(x=0.2)
+        panel.set_xlabel("passes per sample")
+        panel.legend(fontsize="small")
+    return figure
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Panels side by side, for accuracies in per cent."""
+    figure, panels = plt.subplots(
+        1, count, figsize=(1 + 3.6 * count, 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    panels[0][0].set_ylabel("accuracy (%)")
+    panels[0][0].set_ylim(0, 101)
+    return figure, list(panels[0])

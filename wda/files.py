@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["write_atomically"]
+__all__ = ["check_writable", "write_atomically"]
 
 
 @contextlib.contextmanager
@@ -47,6 +47,19 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise the `OSError` of `write_atomically` where a file in that folder would.
+
+    Examples
+    --------
+    >>> check_writable(tempfile.gettempdir())
+    """
+    probe = Path(folder) / ".writable"
+    with write_atomically(probe) as file:
+        file.write(b"")
+    probe.unlink(missing_ok=True)
 
 
 def _umask() -> int:

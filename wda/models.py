@@ -1,4 +1,4 @@
-"""Models by name: the bundled ones, those under ``WDA_DATA``, or a function of one's own.
+"""Models by name: the bundled ones, those under ``WDA_DATA``, RobustBench's, or a function of one's own.
 
 A stored model is a card, ``NAME.json``, beside its weights, ``NAME.safetensors`` or ``NAME.npz``. The card lists
 the layers; so a model is read without executing code.
@@ -6,6 +6,7 @@ the layers; so a model is read without executing code.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import inspect
@@ -14,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wda import zoo
 from wda.checks import whole
 from wda.data import data_folder
 from wda.errors import DataUnavailable
+from wda.weights import read, state_dict
 
 __all__ = [
     "Attention",
@@ -87,16 +89,19 @@ def load(name: str) -> nn.Module:
     Parameters
     ----------
     name : str
-        A name of `available`, or ``"module:function"`` for an importable function that takes no argument and
-        returns a module.
+        - a name of `available`;
+        - ``"robustbench:DATA/THREAT/ID"`` for a model of RobustBench, see `wda.zoo`;
+        - ``"module:function"`` for an importable function that takes no argument and returns a module;
+        - ``"module:function@weights.pt"`` to fill that module from a file, ``.npz``, ``.safetensors`` or what
+          `torch.save` wrote of a ``state_dict()``, without executing code in it.
 
     Raises
     ------
     DataUnavailable
-        There is no such model here.
+        There is no such model here, or its weights are missing.
     ValueError
-        The weights do not have the checksum that the card states, or do not fit the layers; or the module cannot
-        be imported, or the function fails or returns no module.
+        The weights are damaged, do not have the checksum that the card states, do not fit the layers, or would run
+        code; or the module cannot be imported, or the function fails or returns no module.
 
     Examples
     --------
@@ -105,6 +110,8 @@ def load(name: str) -> nn.Module:
     """
     if not isinstance(name, str):
         raise TypeError(f"model={name!r}: a name is accepted")
+    if name.startswith(zoo.PREFIX):
+        return zoo.load(name)
     if ":" in name:
         return _from_function(name)
     path = _card_path(name)
@@ -118,7 +125,7 @@ def load(name: str) -> nn.Module:
             f"model={name!r}: {weights} has the SHA-256 checksum {digest}, its card states {about['weights_sha256']}: "
             "the file is damaged or another one; fetch it again"
         )
-    return build(about["layers"], _read(weights), about.get("input", {}))
+    return build(about["layers"], read(weights), about.get("input", {}))
 
 
 def build(
@@ -413,13 +420,15 @@ def _card_path(name: str) -> Path:
         if (folder / f"{name}.json").is_file():
             return folder / f"{name}.json"
     where = "set the variable WDA_DATA to a folder" if data_folder() is None else f"put it in {_folders()[-1]}"
+    near = difflib.get_close_matches(name, available(), n=1)
     raise DataUnavailable(
-        f"model={name!r}: at hand are {', '.join(available())}; for others {where} "
-        "(models/NAME.json beside its weights), or give 'module:function'"
+        f"model={name!r}: {f'is {near[0]!r} meant? ' if near else ''}at hand are {', '.join(available())}; for others "
+        f"{where} (models/NAME.json beside its weights), or give 'module:function' or '{zoo.PREFIX}DATA/THREAT/ID'"
     )
 
 
 def _from_function(name: str) -> nn.Module:
+    name, _, path = name.partition("@")
     module, _, function = name.partition(":")
     if module.endswith(".py") or not module:
         raise ValueError(f"model={name!r}: 'module:function' is accepted, as in 'my_module:my_function'")
@@ -442,16 +451,14 @@ def _from_function(name: str) -> nn.Module:
         raise ValueError(f"model={name!r}: {function}() fails: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={name!r} returns {type(model).__name__}: a torch.nn.Module is needed")
-    return model.eval()
+    return (_filled_from(model, name, path) if path else model).eval()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, read without executing code."""
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+def _filled_from(model: nn.Module, name: str, path: str) -> nn.Module:
     try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise DataUnavailable(f"{path.name} needs the package safetensors: pip install 'wda[data]'") from error
-    return dict(load_file(path))
+        model.load_state_dict(state_dict(path))
+    except (DataUnavailable, ValueError) as error:
+        raise type(error)(f"model='{name}@{path}': {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"model='{name}@{path}': the weights do not fit what {name} returns: {error}") from error
+    return model

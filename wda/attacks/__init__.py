@@ -34,7 +34,7 @@ from wda.norms import project, round_inward
 from wda.passes import Model, Oracle, batches, check_sample, inspected
 from wda.threat import Threat
 
-__all__ = ["Distances", "attack", "available", "check_kappa", "distances", "options", "sensitivity"]
+__all__ = ["Distances", "attack", "available", "check_kappa", "distances", "kind", "options", "sensitivity"]
 
 # In a ball around each sample: one batch after the other, or with the whole sample at once.
 _POINTWISE: dict[str, Callable[..., Tensor]] = {
@@ -80,6 +80,26 @@ def options(name: str) -> dict[str, object]:
     """
     parameters = inspect.signature(_ATTACKS[choice("attack", name, _ATTACKS)]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "seed"}
+
+
+def kind(name: str) -> str:
+    """Which of the four kinds an attack is of.
+
+    "pointwise" and "nearest" treat samples one by one: a sample's result is the same whatever else is attacked with
+    it. "together" and "budgeted" do not.
+
+    Raises
+    ------
+    ValueError
+        `name` is no attack.
+
+    Examples
+    --------
+    >>> kind("pgd"), kind("a3"), kind("wpgd"), kind("closest")
+    ('pointwise', 'together', 'budgeted', 'nearest')
+    """
+    kinds = {"pointwise": _POINTWISE, "together": _TOGETHER, "budgeted": _BUDGETED, "nearest": METHODS}
+    return next(of for of, names in kinds.items() if choice("attack", name, _ATTACKS) in names)
 
 
 def attack(

@@ -1,0 +1,363 @@
+"""Cells of an experiment, their shards and records; sweeps and their tables."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wda
+from wda import cli, experiment
+from wda.experiment import Cell, Sweep, load_sweep, merge, run_cell, within
+
+BALL: dict[str, Any] = {"eps": 0.1, "order": 1}
+ONE_BY_ONE: list[dict[str, Any]] = [
+    {"attack": "fgsm", **BALL},
+    {"attack": "pgd", **BALL, "kappa": 2, "options": {"steps": 5}},
+    {"attack": "deepfool", "norm": "L2", "eps": 0.5, "order": "inf", "options": {"steps": 5}},
+    {"attack": "apgd-ce", **BALL, "options": {"steps": 5}},
+    {"attack": "apgd-dlr", **BALL, "options": {"steps": 5, "restarts": 2}},
+    {"attack": "wda", **BALL, "kappa": 2, "options": {"steps": 4, "probe_steps": 2}},
+    {"attack": "fab", "options": {"steps": 5}},
+    {"attack": "wda++", "options": {"steps": 5}},
+    {"attack": "closest", "norm": "L2", "options": {"steps": 5, "restarts": 2}},
+]
+COUPLED = [name for name in wda.attacks.available() if wda.attacks.kind(name) in ("together", "budgeted")]
+
+
+def content(record: dict[str, Any]) -> dict[str, Any]:
+    """A record but for timing and provenance; the batch size is one of the latter."""
+    record = json.loads(json.dumps(record))
+    del record["passes"]["seconds"], record["provenance"], record["parameters"]["batch_size"]
+    return record
+
+
+def close(one: Any, other: Any) -> None:
+    """Equal, but for 1e-5 in numbers that are not whole."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            close(one[key], other[key])
+    elif isinstance(one, list):
+        assert one == pytest.approx(other, abs=1e-5)
+    else:
+        assert one == (pytest.approx(other, abs=1e-5) if isinstance(one, float) else other)
+
+
+@pytest.mark.parametrize("chosen", ONE_BY_ONE, ids=lambda chosen: str(chosen["attack"]))
+def test_shards_and_batch_sizes_do_not_change_a_record(chosen: dict[str, Any], tmp_path: Path) -> None:
+    cell = Cell(n=40, batch_size=200, **chosen)
+    whole = run_cell(cell, tmp_path)
+    assert merge([whole]) == whole
+    others = [merge([run_cell(part, tmp_path) for part in cell.split(shards)[::-1]]) for shards in (3, 7)]
+    small = run_cell(Cell(n=40, batch_size=16, **chosen), tmp_path / "small")
+    for other in (*others, small):
+        passes = other["passes"]
+        for way in ("forward", "backward"):  # whether a point on a boundary needs one more, rounding decides
+            assert passes.pop(way) == pytest.approx(whole["passes"][way], rel=0.01 * (cell.eps is None))
+    for way in ("forward", "backward"):
+        del whole["passes"][way]
+    for other in others:
+        assert content(other) == content(whole)
+    close(content(small), content(whole))
+
+
+def test_every_attack_is_in_one_of_the_two_tests() -> None:
+    assert {chosen["attack"] for chosen in ONE_BY_ONE} | set(COUPLED) == set(wda.attacks.available())
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_more_than_one_shard_of_an_attack_that_couples_samples_is_an_error(name: str) -> None:
+    Cell(attack=name, eps=0.1, order=2)
+    words = re.escape(f"shards=3: attack '{name}' moves samples together, so 1 is accepted")
+    with pytest.raises(ValueError, match=words):
+        Cell(attack=name, eps=0.1, order=2, shards=3)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"attack": "nobody"}, "attack='nobody'"),
+        ({"attack": "pgd"}, "eps=None, order=None: attack 'pgd' needs both"),
+        ({"attack": "closest", "eps": 0.1}, "eps=0.1.*'closest' takes None"),
+        ({"attack": "closest", "kappa": 2}, "kappa=2.0"),
+        ({"attack": "closest", "norm": "L3"}, "norm='L3'"),
+        ({"attack": "wpgd", "eps": 0.1, "order": 1}, "order=1: attack 'wpgd'"),
+        ({"attack": "wda", "eps": 0.1, "order": "inf", "kappa": 2}, "kappa=2.0 with order=inf"),
+        ({"options": {"stepz": 3}}, "'stepz'"),
+        ({"shards": 3, "shard": 3}, "shard=3"),
+        ({"shards": 0}, "shards=0"),
+        ({"n": 3, "shards": 4}, "shards=4"),
+        ({"n": 0}, "n=0"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_a_bad_cell_is_refused_when_it_is_made(chosen: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Cell(**chosen)
+
+
+def test_more_shards_than_samples_are_found_before_the_first_pass(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shards=600"):
+        run_cell(Cell(shards=600), tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_one_record_of_distances_serves_every_budget(tmp_path: Path) -> None:
+    x, y = wda.data.load("digits", n=40)
+    net = wda.models.load("digits-cnn").double()
+    distances = wda.distances(net, x.double(), y)
+    record = run_cell(Cell(model="digits-cnn", n=40), tmp_path)
+    for order in (1, 2, math.inf):
+        for eps in (0.0, 0.02, 0.1):
+            threat = wda.Threat("Linf", eps, order)
+            adv = distances.distribution(threat)
+            found = within(record, threat)
+            assert found["accuracy"] == pytest.approx(adv.accuracy(net), abs=1e-6)
+            assert found["risk_ce"] == pytest.approx(adv.risk(net), abs=1e-6)
+            assert found["transport_cost"] <= eps
+            assert found["transport_cost"] == pytest.approx(adv.audit(), abs=1e-6)
+    with pytest.raises(ValueError, match="in its norm"):
+        within(record, wda.Threat("L2", 0.1))
+
+
+def test_a_finished_cell_is_not_run_again_unless_asked(tmp_path: Path) -> None:
+    cell = Cell(attack="fgsm", n=5, **BALL)
+    first = run_cell(cell, tmp_path)
+    assert run_cell(cell, tmp_path) == first
+    assert journal(tmp_path) == [f"start {cell.name}", f"end {cell.name}"]
+    run_cell(cell, tmp_path, again=True)
+    assert len(journal(tmp_path)) == 4
+
+
+def journal(folder: Path) -> list[str]:
+    """What was started and ended, in turn."""
+    return [line.split(maxsplit=1)[1] for line in (folder / "journal.txt").read_text().splitlines()]
+
+
+def test_two_processes_with_one_cell_run_it_once(tmp_path: Path) -> None:
+    script = (
+        "import sys; from wda.experiment import Cell, run_cell\n"
+        "run_cell(Cell(attack='pgd', eps=0.1, order=1, n=200), sys.argv[1])"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert [line.split()[0] for line in journal(tmp_path)] == ["start", "end"]
+
+
+def test_a_cell_that_fails_leaves_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_cell(Cell(attack="fgsm", n=5, **BALL), tmp_path)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("*.json"))
+    with pytest.raises(wda.DataUnavailable, match="nobody"):
+        run_cell(Cell(model="nobody", n=5), tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_shards_of_different_runs_do_not_merge(tmp_path: Path) -> None:
+    one, two = (run_cell(part, tmp_path) for part in Cell(n=6, options={"steps": 2, "restarts": 1}).split(2))
+    with pytest.raises(ValueError, match="shards \\[1\\]: 0 to 1"):
+        merge([two])
+    two["parameters"]["model_sha256"] = "another"
+    with pytest.raises(ValueError, match="differ in model_sha256"):
+        merge([one, two])
+
+
+SWEEP = """
+about = "for tests"
+figures = ["kappa", "passes", "steps"]
+[common]
+n = 12
+data = "digits"
+norm = "Linf"
+eps = [0.05, 0.1]
+[[grid]]
+model = ["digits-mlp", "digits-cnn"]
+order = 1
+attack = [
+  { name = "wda", kappa = [1, 2], steps = [2, 4], probe_steps = 1 },
+  { name = "closest", order = [1, 2], steps = 3 },
+]
+"""
+
+
+def sweep_of(tmp_path: Path, text: str = SWEEP) -> Sweep:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return load_sweep(str(path))
+
+
+def test_a_grid_is_a_product_and_nearest_errors_are_sought_once(tmp_path: Path) -> None:
+    tasks = sweep_of(tmp_path).tasks
+    assert len(tasks) == 2 * (2 * 2 * 2 + 1)
+    closest = [task for task in tasks if task.cell.attack == "closest"]
+    balls = ["W_1 Linf 0.05", "W_2 Linf 0.05", "W_1 Linf 0.1", "W_2 Linf 0.1"]
+    assert [str(ball) for ball in closest[0].balls] == balls
+    assert closest[0].cell.options == {"steps": 3}
+    assert {task.cell.options["steps"] for task in tasks if task.cell.attack == "wda"} == {2, 4}
+    assert len({task.cell.name for task in tasks}) == len(tasks)
+
+
+@pytest.mark.parametrize("name", experiment.sweeps())
+def test_the_shipped_sweeps_can_be_read(name: str) -> None:
+    assert load_sweep(name).about
+
+
+def test_table1_has_all_the_rows_of_the_paper() -> None:
+    import csv
+
+    with (Path(__file__).parents[1] / "data" / "published" / "wda_table1.csv").open() as file:
+        read = list(csv.DictReader(file))
+    rows = [(f"robustbench:{row['dataset']}/{row['norm']}/{row['robustbench_id']}", row["eps"]) for row in read]
+    balls = {(task.cell.model, str(ball.eps)) for task in load_sweep("table1").tasks for ball in task.balls}
+    assert balls == {(model, str(wda.Threat("L2", eps).eps)) for model, eps in rows}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("grid = [", "mine.toml"),
+        ("about = 'x'", "'grid' is missing"),
+        (SWEEP + "kapa = 1", "'kapa'"),
+        (SWEEP.replace("figures", "figure"), "'figure'"),
+        (SWEEP.replace('"closest"', '"nearest"'), "attack='nearest'"),
+        (SWEEP.replace("eps = [0.05, 0.1]", ""), "'eps' is missing"),
+        (SWEEP.replace("kappa = [1, 2]", "kappa = 0.5"), "kappa=0.5"),
+        (SWEEP + "shards = 3", "'shards'"),
+    ],
+)
+def test_a_bad_sweep_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        sweep_of(tmp_path, text)
+
+
+def test_an_unknown_sweep_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sweep", "tabel1"]) == 2
+    assert "sweep='tabel1': kappa, local, runtime" in capsys.readouterr().err
+
+
+def test_the_same_records_give_the_same_tables_whole_or_in_shards(tmp_path: Path) -> None:
+    text = SWEEP.replace('"digits-mlp", "digits-cnn"', '"digits-mlp"')
+    sweep = sweep_of(tmp_path, text)
+    for task in sweep.tasks:
+        run_cell(task.cell, tmp_path / "whole")
+        for shard in task.cell.split(3):
+            run_cell(shard, tmp_path / "shards")
+    paths, missing = experiment.write_tables(sweep, tmp_path / "whole", tmp_path / "a")
+    assert not missing
+    names = [path.name for path in paths]
+    assert names == ["table.csv", "cells.csv", "costs.csv", *(f"{figure}-digits.svg" for figure in sweep.figures)]
+    experiment.write_tables(sweep, tmp_path / "whole", tmp_path / "again")
+    experiment.write_tables(sweep, tmp_path / "shards", tmp_path / "b")
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+        if name not in ("costs.csv", "passes-digits.svg"):
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    lines = (tmp_path / "a" / "cells.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 2 * 2 + 4
+
+
+def test_a_table_says_what_is_missing_and_no_record_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = sweep_of(tmp_path)
+    words = ["table", str(tmp_path / "mine.toml"), "-o", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert "holds no record of the sweep 'mine'" in capsys.readouterr().err
+    run_cell(sweep.tasks[0].cell, tmp_path / "out" / "records")
+    assert cli.main(words) == 1
+    assert "17 of 18 cells have no record" in capsys.readouterr().err
+
+
+def test_records_of_another_version_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep, records = sweep_of(tmp_path), tmp_path / "out" / "records"
+    record = run_cell(sweep.tasks[0].cell, records)
+    record["provenance"]["wda"] = "0.0.1"
+    experiment.records.save(record, records / f"{sweep.tasks[0].cell.name}.json")
+    for command in ("sweep", "table"):
+        assert cli.main([command, str(tmp_path / "mine.toml"), "-o", str(tmp_path / "out")]) == 2
+        assert "a record of version 0.0.1 of wda" in capsys.readouterr().err
+
+
+def test_a_folder_takes_one_sweep_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep_of(tmp_path)
+    monkeypatch.setattr("wda.experiment.engine._PATIENCE", 0.2)
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert cli.main(["sweep", str(tmp_path / "mine.toml"), "-o", str(tmp_path / "out")]) == 2
+    assert "another sweep is at work in this folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--jobs", "0"], "jobs=0"),
+        (["--shards", "0"], "shards=0"),
+        (["--profile", "nothing"], "profile='nothing'"),
+        (["-o", "mine.toml/out"], "cannot be written"),
+    ],
+)
+def test_bad_words_of_a_sweep_are_named(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep_of(tmp_path)
+    assert cli.main(["sweep", "mine.toml", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+KILLED = """
+[common]
+n = 10
+data = "digits"
+norm = "Linf"
+order = 1
+[[grid]]
+model = "digits-mlp"
+eps = [0.05, 0.1]
+attack = "fgsm"
+[[grid]]
+model = "nobody"
+eps = 0.1
+attack = "fgsm"
+"""
+
+
+def test_a_killed_sweep_goes_on_and_a_broken_cell_fails_alone(tmp_path: Path) -> None:
+    sweep, out = sweep_of(tmp_path, KILLED), tmp_path / "out"
+    command = [sys.executable, "-m", "wda.cli", "sweep", str(tmp_path / "mine.toml"), "-o", str(out)]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as first:
+        while not list((out / "records").glob("*.json")) and first.poll() is None:
+            time.sleep(0.05)
+        os.killpg(first.pid, signal.SIGKILL)
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 1, second.stderr
+    lines = journal(out / "records")
+    for cell in (sweep.tasks[0].cell, sweep.tasks[1].cell):
+        assert f"start {cell.name}" not in lines[lines.index(f"end {cell.name}") :], "run again after its end"
+    broken = sweep.tasks[2].cell.name
+    assert f"failed: {broken}\n  DataUnavailable: model='nobody'" in second.stderr
+    assert "Traceback" in (out / "log" / f"{broken}.ipynb").read_text()
+    assert "1 of 3 cells have no record" in second.stderr
+    lines = (out / "tables" / "cells.csv").read_text().splitlines()[1:]
+    assert [float(line.split(",")[4]) for line in lines] == [0.05, 0.1]

@@ -1,0 +1,39 @@
+"""Experiments: attacks run on named models and data sets, a record of each, sweeps of them, and tables.
+
+Needs the extra ``wda[notebooks]``, and ``wda[sweep]`` for sweeps.
+"""
+
+from wda.experiment.brackets import bracket_table, run_bracket
+from wda.experiment.cells import Cell, finished, run, run_cell
+from wda.experiment.engine import Failure, run_sweep
+from wda.experiment.notebooks import check_parameters, partial, run_notebook
+from wda.experiment.records import frame, interval, merge, provenance, read, within
+from wda.experiment.sweeps import Sweep, load_sweep, results, sweeps, write_tables
+from wda.experiment.tables import costs, table
+
+__all__ = [
+    "Cell",
+    "Failure",
+    "Sweep",
+    "bracket_table",
+    "check_parameters",
+    "costs",
+    "finished",
+    "frame",
+    "interval",
+    "load_sweep",
+    "merge",
+    "partial",
+    "provenance",
+    "read",
+    "results",
+    "run",
+    "run_bracket",
+    "run_cell",
+    "run_notebook",
+    "run_sweep",
+    "sweeps",
+    "table",
+    "within",
+    "write_tables",
+]

@@ -1,0 +1,291 @@
+"""Sweeps: many cells, defined in one small file, and the tables and figures of their records."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wda import __version__
+from wda.attacks import kind, options
+from wda.checks import choice
+from wda.experiment.cells import Cell, finished
+from wda.experiment.records import Record, frame, load, merge, method, within
+from wda.experiment.tables import table
+from wda.files import write_atomically
+from wda.threat import Threat
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Sweep", "Task", "load_sweep", "results", "shipped", "sweeps", "whole_record", "write_tables"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell, and the balls that tables read it in: its own, or all those that a record of nearest errors is to serve.
+
+    Examples
+    --------
+    >>> Task(Cell(attack="closest"), (Threat("Linf", 0.1), Threat("Linf", 0.1, 2))).cell.attack
+    'closest'
+    """
+
+    cell: Cell
+    balls: tuple[Threat, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as its file defines it.
+
+    Examples
+    --------
+    >>> sweep = load_sweep("local")
+    >>> len(sweep.tasks) >= 40
+    True
+    """
+
+    name: str
+    about: str
+    figures: tuple[str, ...]
+    tasks: tuple[Task, ...]
+
+
+def shipped() -> Path:
+    """The folder of the workflow's files: inside an installed package, or in the checkout.
+
+    Examples
+    --------
+    >>> (shipped() / "sweep.smk").is_file()
+    True
+    """
+    inside = Path(__file__).parents[1] / "_workflow"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "workflow"
+
+
+def sweeps() -> list[str]:
+    """The names of the sweeps that come with the package.
+
+    Examples
+    --------
+    >>> "table1" in sweeps()
+    True
+    """
+    return sorted(path.stem for path in (shipped() / "sweeps").glob("*.toml"))
+
+
+def load_sweep(name: str) -> Sweep:
+    """The sweep of that name, or of a file of one's own that ends in ``.toml``.
+
+    Such a file has the key ``about``, perhaps ``figures``, a list of "kappa", "steps" and "passes", and any number of
+    tables ``[[grid]]``. The keys of a grid are those of `Cell`, and every list of values stands for each of them in
+    turn: a grid is a product. ``attack`` is a list of names, or of tables that have, beside ``name``, the attack's
+    options, or other values for keys of the grid. What all grids share is in the table ``[common]``.
+
+    An attack that looks for nearest errors is one cell, whatever the number of radii and orders.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, TypeError
+        There is no such file, or it defines no sweep; the message says where.
+
+    Examples
+    --------
+    >>> load_sweep("kappa").figures
+    ('kappa',)
+    """
+    path = Path(name) if name.endswith(".toml") else shipped() / "sweeps" / f"{name}.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"sweep={name!r}: {', '.join(sweeps())}, or a file that ends in .toml, is accepted")
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        for key in given:
+            choice("key", key, ("about", "figures", "common", "grid"))
+        for figure in given.get("figures", []):
+            choice("figures", figure, ("kappa", "steps", "passes"))
+        pairs = [pair for grid in given["grid"] for pair in _expand({**given.get("common", {}), **grid})]
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from error
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    cells = {cell.name: cell for cell, _ in pairs}
+    balls: dict[str, dict[Threat, None]] = {name: {} for name in cells}
+    for cell, ball in pairs:
+        balls[cell.name][ball] = None
+    tasks = tuple(Task(cells[name], tuple(balls[name])) for name in cells)
+    return Sweep(path.stem, given.get("about", ""), tuple(given.get("figures", [])), tasks)
+
+
+def _expand(grid: Mapping[str, Any]) -> Iterator[tuple[Cell, Threat]]:
+    """Every cell of a grid with its ball; one that serves several balls comes once for each."""
+    keys = [item.name for item in fields(Cell) if item.name not in ("attack", "options", "shard", "shards")]
+    for entry in _listed(grid["attack"]):
+        given = {"name": entry} if isinstance(entry, str) else dict(entry)
+        name = given.pop("name")
+        values = {key: _listed(value) for key, value in {**grid, **given}.items() if key != "attack"}
+        for key in values:
+            choice("key", key, [*keys, "attack", *options(name)])
+        for chosen in itertools.product(*values.values()):
+            of = dict(zip(values, chosen, strict=True))
+            own = {key: of.pop(key) for key in options(name) if key in of}
+            ball = Threat(of["norm"], of["eps"], of["order"])
+            if kind(name) == "nearest":
+                del of["eps"], of["order"]
+            yield Cell(attack=name, options=own, **of), ball
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def whole_record(cell: Cell, folder: str | os.PathLike[str]) -> Record | None:
+    """The record of a cell on the whole sample, put together where it was run in shards; None where it is not there.
+
+    Raises
+    ------
+    ValueError
+        A file is no record, or one of another version of the package.
+
+    Examples
+    --------
+    >>> whole_record(Cell(attack="closest"), "results") is None
+    True
+    """
+    parts = [found] if (found := finished(cell, folder)) else _shards(cell, Path(folder))
+    for record in parts:
+        if (made := record["provenance"]["wda"]) != __version__:
+            raise ValueError(
+                f"{folder} has a record of version {made} of wda, this is {__version__}: choose another folder, or "
+                f"run the sweep with --again ({cell.name})"
+            )
+    return merge(parts) if parts else None
+
+
+def _shards(cell: Cell, folder: Path) -> list[Record]:
+    """The records of all shards, in the first number of them that is complete."""
+    counts = {int(path.stem.rpartition("of")[2]) for path in folder.glob("*of*.json") if _is_shard(path.stem, cell)}
+    for count in sorted(counts):
+        paths = [folder / f"{shard.name}.json" for shard in cell.split(count)]
+        if all(path.is_file() for path in paths):
+            return [load(path) for path in paths]
+    return []
+
+
+def _is_shard(stem: str, cell: Cell) -> bool:
+    before, _, last = stem.rpartition("_")
+    return before == cell.name and last.replace("of", "").isdigit()
+
+
+def results(sweep: Sweep, folder: str | os.PathLike[str]) -> tuple[list[Record], list[Cell]]:
+    """A record for each cell and ball, in the order of the sweep's file, and the cells that have none yet.
+
+    Examples
+    --------
+    >>> found, missing = results(load_sweep("kappa"), "/nowhere")
+    >>> len(found), len(missing) > 0
+    (0, True)
+    """
+    found, missing = [], []
+    for task in sweep.tasks:
+        record = whole_record(task.cell, folder)
+        if record is None:
+            missing.append(task.cell)
+        elif record["parameters"]["eps"] is None:
+            found += [within(record, ball) for ball in task.balls]
+        else:
+            found.append(record)
+    return found, missing
+
+
+def write_tables(
+    sweep: Sweep, records: str | os.PathLike[str], out: str | os.PathLike[str]
+) -> tuple[list[Path], list[Cell]]:
+    """Rebuild the tables and figures of a sweep from its records.
+
+    The same records give the same bytes, and but for ``costs.csv`` so do those of another run, in other shards. There
+    the seconds differ, and the passes of some attacks: whether a point on a boundary needs one more, rounding decides.
+
+    Parameters
+    ----------
+    sweep : Sweep
+    records, out : path
+        The folders of the records and of the tables.
+
+    Returns
+    -------
+    paths : list
+        What was written: ``table.csv``, accuracies in per cent; ``cells.csv``, a line for each attack and ball;
+        ``costs.csv``, passes per sample, seconds and hardware; and figures, ``NAME-DATA.svg``, those that the sweep
+        names.
+    missing : list of Cell
+        Those without a record.
+
+    Raises
+    ------
+    ValueError
+        There is no record, or one is of another version.
+
+    Examples
+    --------
+    >>> write_tables(load_sweep("kappa"), "results/kappa/records", "results/kappa/tables")  # doctest: +SKIP
+    """
+    found, missing = results(sweep, records)
+    if not found:
+        raise ValueError(f"folder={str(records)!r} holds no record of the sweep {sweep.name!r}")
+    rows = frame(found)
+    rows = rows.assign(label=[method(a, chosen) for a, chosen in zip(rows.attack, rows.options, strict=True)])
+    wide = table(rows).round(2)
+    files = {
+        "table.csv": wide.to_csv(lineterminator="\n"),
+        "cells.csv": _lines(rows, _FOUND),
+        "costs.csv": _lines(rows, _COST),
+    }
+    paths = []
+    for name, text in files.items():
+        paths.append(Path(out) / name)
+        with write_atomically(paths[-1]) as file:
+            file.write(text.encode())
+    return paths + _figures(sweep, rows, Path(out)), missing
+
+
+_KEYS = ["data", "model", "n", "norm", "eps", "order", "label", "kappa", "seed", "dtype"]
+_FOUND = ["clean_accuracy", "clean_low", "clean_high", "accuracy", "low", "high", "risk_ce", "risk_low", "risk_high"]
+_FOUND += ["transport_cost", "data_sha256", "model_sha256"]
+_COST = ["forward", "backward", "vanished", "seconds", "cpu", "gpu", "threads", "commit", "python", "torch"]
+
+
+def _lines(rows: pd.DataFrame, columns: list[str]) -> str:
+    """Some columns, with the two sides of each interval in one of their own."""
+    for name, whole in (("", "accuracy"), ("clean_", "clean_accuracy"), ("risk_", "risk_ce")):
+        sides = rows[f"{whole}_interval"].str
+        rows = rows.assign(**{f"{name}low": sides[0], f"{name}high": sides[1]})
+    shown = rows[_KEYS + columns].rename(columns={"label": "attack"})
+    return str(shown.to_csv(index=False, float_format="%.7g", lineterminator="\n"))
+
+
+def _figures(sweep: Sweep, rows: pd.DataFrame, out: Path) -> list[Path]:
+    """A figure of each kind for each data set, as SVG without a date."""
+    import matplotlib.pyplot as plt
+
+    from wda import figures
+
+    draw = {
+        "kappa": figures.accuracy_over_kappa,
+        "steps": figures.accuracy_over_steps,
+        "passes": figures.accuracy_over_passes,
+    }
+    paths = []
+    for name, (data, of_data) in itertools.product(sweep.figures, rows.groupby("data", sort=False)):
+        if name != "passes" and not (of_data.attack == "wda").any():
+            continue
+        paths.append(out / f"{name}-{Path(str(data)).stem}.svg")
+        with plt.rc_context({"svg.hashsalt": sweep.name}), write_atomically(paths[-1]) as file:
+            figure = draw[name](of_data)
+            figure.savefig(file, format="svg", metadata={"Date": None})
+            plt.close(figure)
+    return paths

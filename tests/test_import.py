@@ -31,7 +31,7 @@ LAYERS = [
     {"distribution", "budget", "cells"},
     {"certificates"},
     {"attacks"},
-    {"evaluate"},
+    {"evaluate", "training"},
     {"figures"},
     {"experiment"},
     {"doctor"},

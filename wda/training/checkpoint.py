@@ -1,0 +1,84 @@
+"""The state of a run in a file: whole or not there, of one run only, and read without executing code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wda.files import write_atomically
+from wda.weights import read
+
+__all__ = ["digest", "restore", "store"]
+
+_FORMAT = "wda.training 1"
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 checksum of tensors, with their names, shapes and dtypes.
+
+    Examples
+    --------
+    >>> digest({"x": torch.zeros(2)}) == digest({"x": torch.zeros(2)}) != digest({"x": torch.zeros(3)})
+    True
+    """
+    checksum = hashlib.sha256()
+    for name, tensor in tensors.items():
+        checksum.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        checksum.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
+
+
+def store(path: str | os.PathLike[str], run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write the state of a run, together with what tells it from others.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store(folder + "/a.pt", {"seed": 0}, {"epoch": 3})
+    ...     restore(folder + "/a.pt", {"seed": 0})
+    {'epoch': 3}
+    """
+    with write_atomically(path) as file:
+        torch.save({"format": _FORMAT, "run": dict(run), "state": dict(state)}, file)
+
+
+def restore(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state that `store` wrote, None where there is no such file.
+
+    Raises
+    ------
+    ValueError
+        The file is no checkpoint, or one of another run; the message says what differs.
+
+    Examples
+    --------
+    >>> restore("nowhere.pt", {"seed": 0}) is None
+    True
+    """
+    if not Path(path).exists():
+        return None
+    held = read(path)
+    if held.get("format") != _FORMAT:
+        raise ValueError(f"checkpoint={str(path)!r} is no checkpoint of wda.training.finetune: name another file")
+    for what in {**run, **held["run"]}:
+        before, value = held["run"].get(what), run.get(what)
+        if before != value and what in ("model", "train", "validation", "test"):
+            raise ValueError(f"checkpoint={str(path)!r} is of a run with another {what}: name another file")
+        if before != value:
+            raise ValueError(
+                f"checkpoint={str(path)!r} is of a run with {what}={before!r}, this one has {value!r}: "
+                "go on with the former, or name another file"
+            )
+    return dict(held["state"])

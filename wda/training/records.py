@@ -55,8 +55,8 @@ class Epoch:
     validation : Score
         After it.
     test : Score or None
-    loss, clean_loss : float
-        Means over the epoch's samples: of the objective, and of the cross-entropy in it.
+    loss, clean_loss : float or None
+        Means over the epoch's samples: of the objective, and of the cross-entropy in it. None for epoch 0.
     upsilon, budget : tuple of float
         For each batch the moving average :math:`\Upsilon`, and the radius at which the batch was attacked.
 
@@ -69,8 +69,8 @@ class Epoch:
     epoch: int
     validation: Score
     test: Score | None = None
-    loss: float = math.nan
-    clean_loss: float = math.nan
+    loss: float | None = None
+    clean_loss: float | None = None
     upsilon: tuple[float, ...] = ()
     budget: tuple[float, ...] = ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
     from wda.evaluate import Bracket
 
-__all__ = ["COLOURS", "MARKERS", "accuracy_over_kappa", "accuracy_over_passes", "accuracy_over_steps", "bracket_curves"]
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "accuracy_over_kappa",
+    "accuracy_over_passes",
+    "accuracy_over_steps",
+    "bracket_curves",
+    "tuning_curves",
+]
 
 # Told apart by their lightness, so also in greyscale, and by readers who do not see red and green apart.
 COLOURS = ("#0b2a4a", "#c1432e", "#4c9a8e", "#e3a93c", "#9db4c8")
@@ -231,3 +239,44 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     panels[0][0].set_ylabel("accuracy (%)")
     panels[0][0].set_ylim(0, 101)
     return figure, list(panels[0])
+
+
+def tuning_curves(record: Mapping[str, Any]) -> Figure:
+    """Accuracies and the sensitivity over the epochs of a fine-tuning; on the validation sample dashed.
+
+    Parameters
+    ----------
+    record : dict
+        From `wda.experiment.run_finetune`.
+
+    Returns
+    -------
+    Figure
+
+    Examples
+    --------
+    >>> score = {"clean": 1.0, "pointwise": 0.5, "distributional": 0.4, "upsilon": 3.0}
+    >>> history = [{"epoch": epoch, "validation": score, "test": score} for epoch in (0, 1)]
+    >>> parameters = {"order": "2", "eps": 0.1, "norm": "Linf"}
+    >>> len(tuning_curves({"parameters": parameters, "epoch": 1, "history": history}).axes)
+    2
+    """
+    epochs = [entry["epoch"] for entry in record["history"]]
+    ball = f"$W_{{{float(record['parameters']['order']):g}}}$".replace("inf", r"\infty")
+    names = {"clean": "clean", "pointwise": r"$W_\infty$ W-PGD-20", "distributional": f"{ball}, attack of the training"}
+    figure, (accuracies, slopes) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for sample, style in (("test", "-"), ("validation", "--")):
+        for (key, name), colour, marker in zip(names.items(), COLOURS, MARKERS, strict=False):
+            line = [100 * entry[sample][key] for entry in record["history"]]
+            label = name if sample == "test" else None
+            accuracies.plot(epochs, line, style, color=colour, marker=marker, ms=4, label=label)
+        line = [entry[sample]["upsilon"] for entry in record["history"]]
+        if None not in line:
+            slopes.plot(epochs, line, style, color=COLOURS[0], marker=MARKERS[0], ms=4, label=sample)
+    accuracies.axvline(record["epoch"], color="0.6", lw=1, ls=":")
+    accuracies.set(xlabel="epoch (0: as given)", ylabel="accuracy (%)", ylim=(0, 101))
+    slopes.set(xlabel="epoch (0: as given)", ylabel="Υ (loss per input unit)", ylim=(0, None))
+    for panel in (accuracies, slopes):
+        if panel.get_lines():
+            panel.legend(frameon=False, fontsize="small")
+    return figure

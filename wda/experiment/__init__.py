@@ -10,6 +10,7 @@ from wda.experiment.notebooks import check_parameters, partial, run_notebook
 from wda.experiment.records import frame, interval, merge, provenance, read, within
 from wda.experiment.sweeps import Sweep, load_sweep, results, sweeps, write_tables
 from wda.experiment.tables import costs, table
+from wda.experiment.tuning import run_finetune, tuning_table
 
 __all__ = [
     "Cell",
@@ -30,10 +31,12 @@ __all__ = [
     "run",
     "run_bracket",
     "run_cell",
+    "run_finetune",
     "run_notebook",
     "run_sweep",
     "sweeps",
     "table",
+    "tuning_table",
     "within",
     "write_tables",
 ]

@@ -1,0 +1,195 @@
+"""Fine-tuning of named models, recorded: each epoch, and how strong attacks find the model before and after."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from wda.budget import robust_accuracy
+from wda.checks import number, whole
+from wda.data import load as load_data
+from wda.experiment.cells import load_inputs
+from wda.experiment.records import Record, case, provenance, save
+from wda.files import check_writable, write_atomically
+from wda.threat import Threat
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from wda.training import FineTuned
+
+__all__ = ["run_finetune", "tuning_table"]
+
+
+def run_finetune(
+    *,
+    data: str = "digits",
+    model: str = "digits-cnn",
+    norm: str = "Linf",
+    eps: float | str = 0.1,
+    order: float | str = 2,
+    variant: str = "whole",
+    tau: float = 0.01,
+    eta: float = 1.0,
+    beta: float = 6.0,
+    noise: float = 0.01,
+    epochs: int = 20,
+    batch_size: int = 512,
+    penalty: str = "ce",
+    attack: str = "wpgd",
+    attack_options: Mapping[str, Any] | None = None,
+    validation: float = 0.2,
+    n_train: int | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    dtype: str = "float64",
+    device: str = "cpu",
+    autocast: bool = False,
+    output: str | os.PathLike[str] = "results/finetune",
+) -> tuple[FineTuned, Record]:
+    """Fine-tune a named model, measure it before and after, and write a record and the weights.
+
+    While it runs its state is in the folder, in a file ``.pt`` of its own; a run that was killed goes on from there.
+    Once the record is written that file is removed.
+
+    Parameters
+    ----------
+    data, model : str
+        Names for `wda.data.load`, which must have both splits, and for `wda.models.load`.
+    norm, eps, order
+        The threat, see `wda.Threat`; the box is [0, 1]. The second paper's delta is `eps`.
+    variant, tau, eta, beta, noise, epochs, batch_size, penalty, attack, attack_options, autocast
+        See `wda.training.finetune`.
+    validation : float
+        The share of the training split that is not trained on, but selects the epoch; drawn by `seed`.
+    n_train, n : int, optional
+        Only the first of the training split, and of the test split; by default all.
+    seed : int
+    dtype : {"float32", "float64"}
+    device : str
+        "cpu" or "cuda".
+    output : path
+        The folder of the record and the weights, made if needed. Those of the same case are replaced.
+
+    Returns
+    -------
+    FineTuned
+    dict
+        The record: parameters; the history, epoch by epoch; for "before" and "after" the score on the test split under
+        W-PGD-20, as published, and the distances of the nearest errors that "closest" finds, None where there is none;
+        `provenance`.
+
+    Raises
+    ------
+    ValueError, TypeError, DataUnavailable, OSError, FloatingPointError
+        The message names the argument, its value and what is accepted.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     small = {"model": "digits-mlp", "n_train": 60, "n": 20, "epochs": 1, "batch_size": 24}
+    ...     tuned, record = run_finetune(**small, eps=0.05, output=folder)
+    ...     len(record["history"]), len(record["after"]["distance"]), len(list(Path(folder).iterdir()))
+    (2, 20, 2)
+    """
+    from wda.training import finetune
+
+    threat = Threat(norm, eps, order)
+    seed = whole("seed", seed, 0, 2**63 - 1)
+    held_out = number("validation", validation, "a number between 0 and 1", 1e-9, 1 - 1e-9)
+    x, y, net, sums = load_inputs(data, model, n, dtype, device)
+    training, selecting = _parts(load_data(data, "train", n_train), held_out, seed, x.dtype)
+    how: dict[str, Any] = {"variant": variant, "tau": tau, "eta": eta, "beta": beta, "noise": noise, "penalty": penalty}
+    how |= {"batch_size": batch_size, "attack": attack, "attack_options": dict(attack_options or {}), "seed": seed}
+    about = {"data": data, "model": model, "norm": norm, "eps": threat.eps, "order": str(threat.order), **how, **sums}
+    about |= {"epochs": epochs, "n_train": len(training[0]), "n_validation": len(selecting[0]), "n": len(x)}
+    about |= {"dtype": dtype, "device": device, "autocast": autocast}
+    check_writable(Path(output))
+
+    path = Path(output) / _file_name(about)
+    before = _judged(net, x, y, threat, seed, batch_size)
+    run: dict[str, Any] = {"epochs": epochs, "autocast": autocast, "checkpoint": path.with_suffix(".pt")}
+    tuned = finetune(net, training, selecting, threat, test=(x, y), **how, **run)
+    history = [asdict(epoch) for epoch in tuned.history]
+    after = _judged(tuned.model, x, y, threat, seed, batch_size)
+    record = {"parameters": about, "epoch": tuned.epoch, "before": before, "after": after, "history": history}
+    record["provenance"] = provenance(device)
+    with write_atomically(path.with_suffix(".weights.pt")) as file:
+        torch.save(tuned.model.state_dict(), file)
+    save(record, path)
+    path.with_suffix(".pt").unlink()
+    return tuned, record
+
+
+def _parts(
+    sample: tuple[Tensor, Tensor], held_out: float, seed: int, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What is trained on, and what selects the epoch."""
+    from wda.training import permutation
+
+    x, y = sample[0].to(dtype), sample[1]
+    rows = permutation(len(x), seed, 0)
+    count = round(held_out * len(x))
+    if not 0 < count < len(x):
+        raise ValueError(f"validation={held_out!r} of {len(x)} training samples: both parts need at least one")
+    first, second = rows[count:], rows[:count]
+    return (x[first], y[first]), (x[second], y[second])
+
+
+def _judged(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, batch_size: int) -> Record:
+    """The published measures, and distances to the nearest errors, which serve every budget."""
+    from wda.attacks import distances
+    from wda.training import score
+
+    x, y = (part.to(next(net.parameters()).device) for part in (x, y))
+    published = score(net, x, y, threat, seed=seed, batch_size=batch_size)
+    found = distances(net, x, y, threat.norm, threat.box, seed=seed, batch_size=batch_size)
+    far = [round(d, 8) if d < math.inf else None for d in found.distance.tolist()]
+    return {**asdict(published), "distance": far}
+
+
+def _file_name(about: Mapping[str, Any]) -> str:
+    """A name that differs wherever the settings of the tables do."""
+    tuned = f"{about['variant']}_tau{about['tau']:g}_eta{about['eta']:g}_{about['attack']}_s{about['seed']}"
+    return f"{case(about)}_{tuned}_{about['dtype']}.json"
+
+
+def tuning_table(record: Record, orders: Sequence[float] = (math.inf, 2, 1)) -> pd.DataFrame:
+    """Accuracies of a model before and after fine-tuning, in per cent: a column for each attack.
+
+    The columns "W-PGD-20" are the second paper's measures. Those that say "strongest" are what the optimal budget makes
+    of the nearest errors found, in balls of the record's radius.
+
+    Parameters
+    ----------
+    record : dict
+        From `run_finetune`.
+    orders : sequence of float
+        Of the balls for the strongest attack.
+
+    Examples
+    --------
+    >>> one = {"clean": 1.0, "pointwise": 0.5, "distributional": 0.5, "distance": [0.1, 0.3, None, 0.0]}
+    >>> table = tuning_table({"parameters": {"order": "2", "eps": 0.2}, "before": one, "after": one}, orders=(1,))
+    >>> table.loc["after"].tolist()
+    [100.0, 50.0, 50.0, 25.0]
+    """
+    import pandas as pd
+
+    order, eps = (record["parameters"][key] for key in ("order", "eps"))
+    names = {"clean": "clean", "pointwise": "W_inf W-PGD-20", "distributional": f"W_{float(order):g} W-PGD-20"}
+    rows = {}
+    for when in ("before", "after"):
+        found = record[when]
+        far = torch.tensor([math.inf if d is None else d for d in found["distance"]], dtype=torch.float64)
+        rows[when] = {name: 100 * found[key] for key, name in names.items()}
+        rows[when] |= {f"W_{p:g} strongest": 100 * float(robust_accuracy(far, eps, p)) for p in orders}
+    return pd.DataFrame.from_dict(rows, orient="index")

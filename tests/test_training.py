@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import json
 import math
 import os
 import signal
@@ -23,6 +24,7 @@ from torch.nn import functional
 import wda
 from wda import AdversarialDistribution, Threat
 from wda.attacks import sensitivity
+from wda.experiment import run_finetune, tuning_table
 from wda.norms import norm
 from wda.training import (
     FineTuned,
@@ -642,6 +644,56 @@ def test_a_batch_may_be_given_more_than_the_box_is_wide() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tuned(threat=Threat("Linf", 0.99, order=2))
+
+
+# -- named models and data -------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {"model": "digits-mlp", "n_train": 100, "n": 30, "eps": 0.05, "batch_size": 20, "epochs": 2}
+
+
+def test_a_record_says_what_was_found(tmp_path: Path) -> None:
+    tuning, record = run_finetune(**SMALL, output=tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text()) == json.loads(json.dumps(record))
+    assert sorted(file.suffixes[-1] for file in tmp_path.iterdir()) == [".json", ".pt"], "no checkpoint is left"
+    x, y = wda.data.load("digits", n=30)
+    net = wda.models.load("digits-mlp").double()
+    for when in ("before", "after"):
+        found = record[when]
+        assert found["clean"] == score(net, x.double(), y, Threat("Linf", 0.05, 2)).clean
+        far = wda.distances(net, x.double(), y).distance
+        recorded = torch.tensor([math.inf if d is None else d for d in found["distance"]], dtype=torch.float64)
+        torch.testing.assert_close(recorded, far, rtol=0, atol=1e-8)
+        weighed = 100 * float(wda.robust_accuracy(far, 0.05, 2))
+        assert tuning_table(record).loc[when, "W_2 strongest"] == pytest.approx(weighed, abs=1e-4)
+        net.load_state_dict(torch.load(next(tmp_path.glob("*.weights.pt")), weights_only=True))
+    assert same(weights(net), weights(tuning.model))
+    assert (record["parameters"]["n_train"], record["parameters"]["n_validation"]) == (80, 20)
+    assert record["history"][tuning.epoch]["test"]["clean"] == record["after"]["clean"]
+
+
+def test_a_recorded_run_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, _ = run_finetune(**SMALL, output=tmp_path / "one")
+    with monkeypatch.context() as patch:
+        patch.setattr("wda.experiment.tuning.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_finetune(**SMALL, output=tmp_path / "two")
+    assert not list((tmp_path / "two").glob("*.json"))
+    again, _ = run_finetune(**SMALL, output=tmp_path / "two")
+    assert same(weights(again.model), weights(straight.model))
+    with pytest.raises(ValueError, match="both parts need at least one"):
+        run_finetune(**{**SMALL, "n_train": 2}, output=tmp_path / "three")
+
+
+def test_the_network_for_mnist_can_be_fine_tuned(wda_data: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"data": "mnist", "model": "mnist_trades_smallcnn", "dtype": "float32", "eps": 0.2}
+    few = {"attack": "closest", "attack_options": {"steps": 2, "restarts": 1}}
+    tuning, record = run_finetune(**how, **few, n_train=40, n=4, batch_size=16, epochs=1, tau=1e-3, output=tmp_path)
+    assert record["before"]["clean"] == 1
+    table = tuning_table(record)
+    assert (table["W_2 strongest"] <= table["W_2 W-PGD-20"]).all()
+    given = wda.models.load("mnist_trades_smallcnn").state_dict()
+    assert not any(torch.equal(given[name], new) for name, new in weights(tuning.model).items())
 
 
 # -- what is published -----------------------------------------------------------------------------------------------

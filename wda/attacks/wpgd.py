@@ -219,6 +219,7 @@ def sensitivity(
     loss: str = "redlr",
     box: tuple[float, float] | None = None,
     batch_size: int = 256,
+    autocast: bool = False,
 ) -> float:
     r"""The slope at radius 0 of the worst mean loss over a :math:`W_p` ball: the second paper's :math:`\Upsilon`.
 
@@ -240,6 +241,8 @@ def sensitivity(
         By default inputs may move anywhere, as in the paper's formula. In a box the coordinates that it stops do not
         count: a pixel that is black cannot get darker.
     batch_size : int
+    autocast : bool
+        Take gradients in bfloat16 where torch does so by itself: enough for an estimate.
 
     Returns
     -------
@@ -263,7 +266,7 @@ def sensitivity(
     threat = Threat(norm, 0.0, order, box)
     q = _conjugate(threat.order)
     y = check_sample(x, y, threat.box)
-    with Oracle(model, batch_size) as oracle:
+    with Oracle(model, batch_size, autocast) as oracle:
         x = oracle.to_model(x)
         check_labels(y, oracle.classes(x[:1]))
         _, gradient = oracle.gradient(x, y.to(x.device), losses.get(loss))

@@ -63,6 +63,7 @@ def estimate(
     generator: torch.Generator,
     loss: str = "redlr",
     batch_size: int = 256,
+    autocast: bool = False,
 ) -> float:
     r"""The sensitivity :math:`\Upsilon` from a share of the sample, drawn without replacement.
 
@@ -77,7 +78,7 @@ def estimate(
         In (0, 1]; 0.1 in the second paper. At least one sample is drawn. With 1 nothing is random.
     generator : torch.Generator
         On the CPU.
-    loss, batch_size
+    loss, batch_size, autocast
         As for `wda.attacks.sensitivity`.
 
     Examples
@@ -91,7 +92,7 @@ def estimate(
     if count < len(x):
         rows = torch.randperm(len(x), generator=generator)[:count]
         x, y = x[rows], y[rows]
-    return sensitivity(model, x, y, threat.norm, threat.order, loss, batch_size=batch_size)
+    return sensitivity(model, x, y, threat.norm, threat.order, loss, batch_size=batch_size, autocast=autocast)
 
 
 def strike(

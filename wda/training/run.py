@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from wda.attacks import kind, sensitivity
 from wda.checks import choice, flag, number, whole
+from wda.files import check_writable
 from wda.losses import ce
 from wda.passes import Oracle, check_labels, check_sample
 from wda.threat import Threat
@@ -78,6 +80,8 @@ class Run:
         checkpoint: str | os.PathLike[str] | None,
         interval: float,
     ) -> None:
+        if checkpoint is not None:
+            check_writable(Path(checkpoint).parent)
         self.given, self.threat, self.how = model, threat, settings
         self.path, self.interval, self.stored = checkpoint, interval, time.monotonic()
         self.samples = {name: _checked(name, model, x, y, threat) for name, (x, y) in samples.items()}
@@ -158,7 +162,7 @@ class Run:
         loss = slope_loss(how.attack, how.attack_options)
         if loss is None or math.isinf(threat.order):
             return threat
-        options: dict[str, Any] = {"loss": loss, "batch_size": how.batch_size}
+        options = {"loss": loss, **self.passes}
         draw = generator(how.seed, self.epoch, self.batch, "share")
         now = estimate(self.model, self.x, self.y, threat, how.share, generator=draw, **options)
         self.upsilon = now if self.upsilon is None else self.upsilon + how.eta * (now - self.upsilon)

@@ -22,7 +22,7 @@ export CHROMEDRIVER ?= $(shell command -v chromedriver)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments theory recession hunt attacks kills slurm benchmarks models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory recession hunt attacks finetune kills slurm benchmarks models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,9 @@ hunt: env  ## look for errors in certified balls and record that none is found (
 
 attacks: env  ## run every attack on the networks under WDA_DATA and record what is not yet recorded (hours)
 	$(BIN)/python workflow/attacks.py
+
+finetune: env  ## fine-tune the networks for the digits in every configuration and record what is not yet recorded (an hour, and more where WDA_DATA is set)
+	$(BIN)/python workflow/finetune.py
 
 kills: env  ## kill a sweep of 48 cells 22 times, go on each time, and record that nothing is lost or run twice (30 minutes; needs WDA_DATA)
 	$(BIN)/python workflow/kills.py local --kills 22

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from wda import attacks, data, losses, models, nets, norms
+from wda import attacks, data, losses, models, nets, norms, training
 from wda.attacks import Distances, attack, distances
 from wda.budget import allocate, robust_accuracy
 from wda.distribution import AdversarialDistribution
@@ -38,6 +38,7 @@ __all__ = [
     "nets",
     "norms",
     "robust_accuracy",
+    "training",
 ]
 
 

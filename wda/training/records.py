@@ -127,8 +127,8 @@ def score(
     pointwise = strike(
         model, x, y, replace(threat, order=math.inf), "wpgd", {"loss": "ce"}, batch_size=batch_size, autocast=autocast
     )
-    within = strike(model, x, y, threat, attack, options, seed=seed, batch_size=batch_size, autocast=autocast)
-    clean, moved, spread = (adv.accuracy(model, batch_size) for adv in (still, pointwise, within))
+    together = strike(model, x, y, threat, attack, options, seed=seed, batch_size=batch_size, autocast=autocast)
+    clean, moved, spread = (adv.accuracy(model, batch_size) for adv in (still, pointwise, together))
     loss = slope_loss(attack, options)
     slope = None
     if loss is not None:

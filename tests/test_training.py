@@ -466,7 +466,8 @@ def test_every_place_is_a_place_to_go_on_from(tmp_path: Path, monkeypatch: pytes
 
     def keep(source: str, target: str) -> None:
         replace(source, target)
-        kept.append(path.read_bytes())
+        if Path(target) == path:
+            kept.append(path.read_bytes())
 
     monkeypatch.setattr(os, "replace", keep)
     straight = tuned(checkpoint=path, interval=0.0)

@@ -277,6 +277,7 @@ def tuning_curves(record: Mapping[str, Any]) -> Figure:
     accuracies.set(xlabel="epoch (0: as given)", ylabel="accuracy (%)", ylim=(0, 101))
     slopes.set(xlabel="epoch (0: as given)", ylabel="Υ (loss per input unit)", ylim=(0, None))
     for panel in (accuracies, slopes):
+        panel.xaxis.get_major_locator().set_params(integer=True)
         if panel.get_lines():
             panel.legend(frameon=False, fontsize="small")
     return figure

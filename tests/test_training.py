@@ -602,6 +602,7 @@ def test_no_radius_moves_nothing() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"interval": -1}, "interval=-1"),
+        ({"attack_options": {"steps": 0}}, "steps=0"),
         ({"threat": Threat("Linf", 0.1, order=1)}, "order=1"),
     ],
 )

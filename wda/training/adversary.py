@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wda.attacks import attack as run_attack
 from wda.attacks import kind, sensitivity
-from wda.checks import number
+from wda.checks import number, whole
 from wda.distribution import AdversarialDistribution
 from wda.passes import Model
 from wda.threat import Threat
@@ -122,8 +122,8 @@ def strike(
         return AdversarialDistribution.from_points(x, x.clone(), y, threat)
     given = dict(options or {})
     if attack == "wpgd":
-        given.setdefault("steps", _STEPS)
-        given.setdefault("step_size", threat.eps / given["steps"])
+        steps = whole("steps", given.setdefault("steps", _STEPS))
+        given.setdefault("step_size", threat.eps / steps)
     return run_attack(
         attack, model, x, y, threat, seed=seed, batch_size=batch_size, autocast=autocast, progress=False, **given
     )

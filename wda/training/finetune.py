@@ -95,6 +95,7 @@ def finetune(
         already, the run goes on from it: more epochs may then be asked for, but nothing else may differ. On the CPU,
         with as many threads, the result is the same bit for bit.
     interval : float
+        Seconds; 0 for after each batch.
     progress : bool or None
         As for `wda.attack`: losses, accuracies and the time that is left.
 
@@ -120,8 +121,19 @@ def finetune(
     (1, 2)
     """
     settings = Settings(
-        *(variant, tau, eta, beta, noise, batch_size, share, penalty, momentum, attack),
-        *(dict(attack_options or {}), seed, autocast),
+        variant=variant,
+        tau=tau,
+        eta=eta,
+        beta=beta,
+        noise=noise,
+        batch_size=batch_size,
+        share=share,
+        penalty=penalty,
+        momentum=momentum,
+        attack=attack,
+        attack_options=dict(attack_options or {}),
+        seed=seed,
+        autocast=autocast,
     )
     epochs = whole("epochs", epochs)
     interval = number("interval", interval, "a number of seconds >= 0", 0, math.inf)

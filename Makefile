@@ -22,7 +22,7 @@ export CHROMEDRIVER ?= $(shell command -v chromedriver)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments theory recession hunt attacks kills slurm benchmarks models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory recession hunt attacks sweeps kills slurm benchmarks models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,12 +60,17 @@ hunt: env  ## look for errors in certified balls and record that none is found (
 attacks: env  ## run every attack on the networks under WDA_DATA and record what is not yet recorded (hours)
 	$(BIN)/python workflow/attacks.py
 
+# Cells that have a record are not run again. A sweep's seconds are worth something only where nothing else runs.
+sweeps: env  ## run the sweeps that the book reads, on real networks, and keep their records (2 hours; needs WDA_DATA)
+	@set -e; for name in kappa steps runtime scaling; do $(BIN)/wda sweep $$name; \
+	  mkdir -p data/results/sweep/$$name; cp results/$$name/records/*.json data/results/sweep/$$name; done
+
 kills: env  ## kill a sweep of 48 cells 22 times, go on each time, and record that nothing is lost or run twice (30 minutes; needs WDA_DATA)
 	$(BIN)/python workflow/kills.py local --kills 22
 
 slurm: env  ## run a sweep here and through a Slurm of one node, as root, and record both (needs Debian or Ubuntu)
 	workflow/slurm-node.sh
-	$(BIN)/python workflow/slurm.py
+	$(BIN)/python workflow/slurm.py local
 
 benchmarks: env  ## time the package against yardsticks in the same run
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done

@@ -62,7 +62,7 @@ attacks: env  ## run every attack on the networks under WDA_DATA and record what
 
 # Cells that have a record are not run again. A sweep's seconds are worth something only where nothing else runs.
 sweeps: env  ## run the sweeps that the book reads, on real networks, and keep their records (2 hours; needs WDA_DATA)
-	@set -e; for name in kappa steps runtime scaling; do $(BIN)/wda sweep $$name; \
+	@set -e; for name in table1-small kappa steps runtime scaling; do $(BIN)/wda sweep $$name; \
 	  mkdir -p data/results/sweep/$$name; cp results/$$name/records/*.json data/results/sweep/$$name; done
 
 kills: env  ## kill a sweep of 48 cells 22 times, go on each time, and record that nothing is lost or run twice (30 minutes; needs WDA_DATA)

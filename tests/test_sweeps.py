@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import wda
 from wda import cli, experiment
@@ -140,6 +141,35 @@ def test_a_finished_cell_is_not_run_again_unless_asked(tmp_path: Path) -> None:
     assert journal(tmp_path) == [f"start {cell.name}", f"end {cell.name}"]
     run_cell(cell, tmp_path, again=True)
     assert len(journal(tmp_path)) == 4
+
+
+def test_a_record_of_another_model_under_the_same_name_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.pt"
+    (tmp_path / "stale_model.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def train(seed: int) -> None:
+        torch.manual_seed(seed)
+        torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).state_dict(), weights)
+
+    train(0)
+    cell = Cell(model=f"stale_model:make@{weights}", attack="fgsm", n=5, **BALL)
+    first = run_cell(cell, tmp_path / "out" / "records")
+    assert run_cell(cell, tmp_path / "out" / "records") == first
+    train(1)
+    with pytest.raises(ValueError, match="of another model of these names"):
+        run_cell(cell, tmp_path / "out" / "records")
+    grid = 'attack = "fgsm"\nn = 5\nnorm = "Linf"\neps = 0.1\norder = 1\n'
+    sweep_of(tmp_path, f'[[grid]]\nmodel = "{cell.model}"\n{grid}')
+    assert cli.main(["sweep", str(tmp_path / "mine.toml"), "-o", str(tmp_path / "out")]) == 2
+    assert "of another model of these names" in capsys.readouterr().err
+    assert run_cell(cell, tmp_path / "out" / "records", again=True) != first
+    weights.unlink()
+    assert run_cell(cell, tmp_path / "out" / "records")["parameters"]["model"] == cell.model, "it is still a record"
 
 
 def journal(folder: Path) -> list[str]:

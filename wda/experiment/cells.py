@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from wda.attacks import attack, check_kappa, distances, kind, options
 from wda.checks import choice, whole
 from wda.data import load as load_data
+from wda.errors import DataUnavailable
 from wda.experiment.records import Record, file_name, load, outcome, provenance, samples, save, within
 from wda.files import check_writable
 from wda.models import load as load_model
 from wda.passes import Oracle, check_sample
 from wda.threat import Threat
 
-__all__ = ["Cell", "finished", "run", "run_cell"]
+__all__ = ["Cell", "check_inputs", "finished", "run", "run_cell"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -217,6 +218,9 @@ def _measure(cell: Cell, at: _Setting) -> Record:
 def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False) -> Record:
     """Run a cell and write its record, whole or not at all; one that is finished is only read.
 
+    Names can come to stand for other weights or other data: a record of what they stood for before is an error. Where
+    neither is at hand any more, the record is what there is.
+
     A second process that is given the same cell waits for the first. Every start and every end is a line in the file
     ``journal.txt`` of the folder.
 
@@ -231,7 +235,7 @@ def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False)
     Raises
     ------
     ValueError, TypeError, DataUnavailable, OSError
-        The message names the argument, its value and what is accepted.
+        The message names the argument, its value and what is accepted, or the record that is of another model.
 
     Examples
     --------
@@ -246,6 +250,7 @@ def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False)
     check_writable(folder / ".locks")
     with _alone(folder / ".locks" / cell.name):
         if not again and (done := finished(cell, folder)):
+            check_inputs(cell, done)
             return done
         _note(folder, "start", cell)
         record = _measure(cell, _Setting.of(cell))
@@ -269,6 +274,34 @@ def finished(cell: Cell, folder: str | os.PathLike[str]) -> Record | None:
     """
     path = Path(folder) / f"{cell.name}.json"
     return load(path) if path.is_file() else None
+
+
+def check_inputs(cell: Cell, record: Record) -> None:
+    """Nothing, where data and model of a cell are what they were when its record was made, or are not at hand.
+
+    Raises
+    ------
+    ValueError
+        They are others by now, under the same names.
+
+    Examples
+    --------
+    >>> check_inputs(Cell(n=5), {"parameters": {"data_sha256": "0", "model_sha256": "0"}})
+    Traceback (most recent call last):
+        ...
+    ValueError: the record 'digits_digits-mlp_Linf_closest_k1_n5_s0_float64' is of another data set and another model \
+of these names: run it again (again=True), or choose another folder
+    """
+    try:
+        *_, sums = load_inputs(cell.data, cell.model, cell.n, cell.dtype, "cpu")
+    except (DataUnavailable, ValueError):
+        return
+    called = {"data_sha256": "another data set", "model_sha256": "another model"}
+    if other := [what for key, what in called.items() if record["parameters"][key] != sums[key]]:
+        raise ValueError(
+            f"the record {cell.name!r} is of {' and '.join(other)} of these names: run it again (again=True), "
+            "or choose another folder"
+        )
 
 
 @contextlib.contextmanager

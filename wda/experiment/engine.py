@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from wda.checks import whole
-from wda.experiment.cells import Cell
+from wda.experiment.cells import Cell, check_inputs
 from wda.experiment.sweeps import Sweep, shipped, whole_record
 from wda.files import check_writable, write_atomically
+from wda.zoo import PREFIX
 
 __all__ = ["Failure", "run_sweep"]
 
@@ -152,7 +153,9 @@ def _parts(cell: Cell, records: Path, shards: int, again: bool) -> list[Cell]:
         for path in records.glob(f"{cell.name}_*of*.json"):
             path.unlink()
         (records / f"{cell.name}.json").unlink(missing_ok=True)
-    elif whole_record(cell, records):
+    elif record := whole_record(cell, records):
+        if cell.data.endswith(".npz") or (":" in cell.model and not cell.model.startswith(PREFIX)):
+            check_inputs(cell, record)  # of one's own, and so likely to change
         return []
     parts = [cell] if shards == 1 or cell.couples else cell.split(shards)
     return [part for part in parts if not (records / f"{part.name}.json").is_file()]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 
     from wda.evaluate import Bracket
 
-__all__ = ["COLOURS", "MARKERS", "accuracy_over_kappa", "accuracy_over_passes", "accuracy_over_steps", "bracket_curves"]
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "accuracy_over_kappa",
+    "accuracy_over_passes",
+    "accuracy_over_steps",
+    "bracket_curves",
+    "seconds_over_samples",
+]
 
 # Told apart by their lightness, so also in greyscale, and by readers who do not see red and green apart.
 COLOURS = ("#0b2a4a", "#c1432e", "#4c9a8e", "#e3a93c", "#9db4c8")
@@ -142,7 +151,9 @@ def bracket_curves(
 
 
 def accuracy_over_steps(results: pd.DataFrame) -> Figure:
-    """Accuracy under "wda" as steps are added: a panel for each model, a line for each step size.
+    """Accuracy under "wda" as steps are added: a panel for each model, norm and radius, a line for each step size.
+
+    The dotted line is the accuracy on the sample. Each panel has its own scale, which need not begin at 0.
 
     Parameters
     ----------
@@ -166,16 +177,22 @@ def accuracy_over_steps(results: pd.DataFrame) -> Figure:
     if runs.empty:
         raise ValueError("results has no record of the attack 'wda'")
     runs = runs.assign(steps=runs.options.str["steps"], size=[_size(chosen) for chosen in runs.options])
-    figure, panels = _panels(runs.model.nunique())
-    for panel, (model, of_model) in zip(panels, runs.groupby("model", sort=False), strict=True):
+    groups = list(runs.groupby(["model", "norm", "eps"], sort=False))
+    figure, panels = _panels(len(groups), sharey=False)
+    for panel, ((model, norm, eps), of_model) in zip(panels, groups, strict=True):
         looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
         for (size, line), (colour, marker) in zip(of_model.groupby("size", sort=False), looks, strict=False):
             line = line.sort_values("steps")
             panel.plot(line.steps, 100 * line.accuracy, color=colour, marker=marker, label=size)
-        panel.set_title(model, fontsize="medium")
+        panel.axhline(100 * of_model.clean_accuracy.iloc[0], color="black", linestyle=":", linewidth=1)
+        panel.set_title(f"{model}\n{norm} {radius_text(eps)}", fontsize="medium")
         panel.set_xscale("log")
+        counts = sorted(of_model.steps.unique())
+        panel.set_xticks(counts, labels=map(str, counts))
+        panel.minorticks_off()
         panel.set_xlabel("steps")
         panel.legend(fontsize="small", title="step size")
+    panels[0].set_ylabel("accuracy (%)")
     return figure
 
 
@@ -208,6 +225,8 @@ def accuracy_over_passes(results: pd.DataFrame) -> Figure:
     results = results.assign(name=names, threat="W" + results.order.str.removesuffix(".0"))
     looks = dict(zip(results.threat.unique(), itertools.cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
     figure, panels = _panels(len(groups))
+    panels[0].set_ylabel("accuracy (%)")
+    panels[0].set_ylim(0, 101)
     for panel, ((model, norm, eps), of_model) in zip(panels, groups, strict=True):
         for threat, points in results.loc[of_model.index].groupby("threat", sort=False):
             colour, marker = looks[threat]
@@ -223,11 +242,45 @@ def accuracy_over_passes(results: pd.DataFrame) -> Figure:
     return figure
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, for accuracies in per cent."""
+def seconds_over_samples(results: pd.DataFrame) -> Figure:
+    """What each attack takes as the sample grows: a panel for each model, a line for each attack.
+
+    The legend has the slope of a least-squares line, that is the seconds per sample without what a call costs at any
+    size, where there are two sizes or more.
+
+    Parameters
+    ----------
+    results : DataFrame
+        From `wda.experiment.frame`, with a column `label` that names the attacks.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> what = {"model": "m", "label": "pgd"}
+    >>> figure = seconds_over_samples(pd.DataFrame([what | {"n": n, "seconds": 1 + 0.02 * n} for n in (50, 100)]))
+    >>> figure.axes[0].get_legend_handles_labels()[1]
+    ['pgd: 20 ms per sample']
+    """
+    figure, panels = _panels(results.model.nunique())
+    for panel, (model, of_model) in zip(panels, results.groupby("model", sort=False), strict=True):
+        looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
+        for (label, line), (colour, marker) in zip(of_model.groupby("label", sort=False), looks, strict=False):
+            line = line.sort_values("n")
+            if len(line) > 1:
+                label += f": {1000 * np.polyfit(line.n, line.seconds, 1)[0]:.2g} ms per sample"
+            panel.plot(line.n, line.seconds, color=colour, marker=marker, label=label)
+        panel.set_title(model, fontsize="medium")
+        panel.set_xlim(left=0)
+        panel.set_xlabel("samples")
+        panel.legend(fontsize="small")
+    panels[0].set_ylabel("seconds")
+    panels[0].set_ylim(0, 1.05 * results.seconds.max())
+    return figure
+
+
+def _panels(count: int, sharey: bool = True) -> tuple[Figure, list[Axes]]:
+    """Panels side by side."""
     figure, panels = plt.subplots(
-        1, count, figsize=(1 + 3.6 * count, 3.6), sharey=True, squeeze=False, layout="constrained"
+        1, count, figsize=(1 + 3.6 * count, 3.6), sharey=sharey, squeeze=False, layout="constrained"
     )
-    panels[0][0].set_ylabel("accuracy (%)")
-    panels[0][0].set_ylim(0, 101)
     return figure, list(panels[0])

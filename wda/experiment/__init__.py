@@ -3,6 +3,7 @@
 Needs the extra ``wda[notebooks]``, and ``wda[sweep]`` for sweeps.
 """
 
+from wda.experiment.ablations import ablations
 from wda.experiment.brackets import bracket_table, run_bracket
 from wda.experiment.cells import Cell, finished, run, run_cell
 from wda.experiment.engine import Failure, run_sweep
@@ -15,6 +16,7 @@ __all__ = [
     "Cell",
     "Failure",
     "Sweep",
+    "ablations",
     "bracket_table",
     "check_parameters",
     "costs",

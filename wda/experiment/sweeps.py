@@ -82,10 +82,10 @@ def sweeps() -> list[str]:
 def load_sweep(name: str) -> Sweep:
     """The sweep of that name, or of a file of one's own that ends in ``.toml``.
 
-    Such a file has the key ``about``, perhaps ``figures``, a list of "kappa", "steps" and "passes", and any number of
-    tables ``[[grid]]``. The keys of a grid are those of `Cell`, and every list of values stands for each of them in
-    turn: a grid is a product. ``attack`` is a list of names, or of tables that have, beside ``name``, the attack's
-    options, or other values for keys of the grid. What all grids share is in the table ``[common]``.
+    Such a file has the key ``about``, perhaps ``figures``, a list of "kappa", "steps", "passes" and "seconds", and any
+    number of tables ``[[grid]]``. The keys of a grid are those of `Cell`, and every list of values stands for each of
+    them in turn: a grid is a product. ``attack`` is a list of names, or of tables that have, beside ``name``, the
+    attack's options, or other values for keys of the grid. What all grids share is in the table ``[common]``.
 
     An attack that looks for nearest errors is one cell, whatever the number of radii and orders.
 
@@ -107,7 +107,7 @@ def load_sweep(name: str) -> Sweep:
         for key in given:
             choice("key", key, ("about", "figures", "common", "grid"))
         for figure in given.get("figures", []):
-            choice("figures", figure, ("kappa", "steps", "passes"))
+            choice("figures", figure, ("kappa", "steps", "passes", "seconds"))
         pairs = [pair for grid in given["grid"] for pair in _expand({**given.get("common", {}), **grid})]
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from error
@@ -278,10 +278,11 @@ def _figures(sweep: Sweep, rows: pd.DataFrame, out: Path) -> list[Path]:
         "kappa": figures.accuracy_over_kappa,
         "steps": figures.accuracy_over_steps,
         "passes": figures.accuracy_over_passes,
+        "seconds": figures.seconds_over_samples,
     }
     paths = []
     for name, (data, of_data) in itertools.product(sweep.figures, rows.groupby("data", sort=False)):
-        if name != "passes" and not (of_data.attack == "wda").any():
+        if name in ("kappa", "steps") and not (of_data.attack == "wda").any():
             continue
         paths.append(out / f"{name}-{Path(str(data)).stem}.svg")
         with plt.rc_context({"svg.hashsalt": sweep.name}), write_atomically(paths[-1]) as file:

@@ -337,7 +337,7 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
     check_labels(y, once.shape[1])
     if once.isnan().any() and oracle.logits(oracle.to_model(x)).isnan().any(1).all():
         raise ValueError("model(x) has NaN or infinite logits at every sample")
-    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3 * float(once.abs().max()), equal_nan=True):
+    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3 * float(once.nan_to_num().abs().max()), equal_nan=True):
         distrust(
             "the model is random: two passes of one sample differ. Gradients of one draw say little about the next; "
             "average over draws inside the model"

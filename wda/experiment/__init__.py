@@ -5,7 +5,8 @@ Needs the extra ``wda[notebooks]``, and ``wda[sweep]`` for sweeps.
 
 from wda.experiment.ablations import ablations
 from wda.experiment.brackets import bracket_table, run_bracket
-from wda.experiment.cells import Cell, finished, run, run_cell
+from wda.experiment.cells import Cell, finished, load_inputs, run, run_cell
+from wda.experiment.doubts import doubts
 from wda.experiment.engine import Failure, run_sweep
 from wda.experiment.notebooks import check_parameters, partial, run_notebook
 from wda.experiment.records import frame, interval, merge, provenance, read, within
@@ -20,9 +21,11 @@ __all__ = [
     "bracket_table",
     "check_parameters",
     "costs",
+    "doubts",
     "finished",
     "frame",
     "interval",
+    "load_inputs",
     "load_sweep",
     "merge",
     "partial",

@@ -27,7 +27,7 @@ from wda.models import load as load_model
 from wda.passes import Oracle, check_sample
 from wda.threat import Threat
 
-__all__ = ["Cell", "check_inputs", "finished", "run", "run_cell"]
+__all__ = ["Cell", "check_inputs", "finished", "load_inputs", "run", "run_cell"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -179,7 +179,36 @@ class _Setting:
 def load_inputs(
     data: str, model: str, n: int | None, dtype: str, device: str
 ) -> tuple[Tensor, Tensor, nn.Module, dict[str, str]]:
-    """The sample, the model on its device, both in that precision, and the checksums of what they were loaded as."""
+    """The sample, the model on its device, both in that precision, and the checksums of what they were loaded as.
+
+    Parameters
+    ----------
+    data, model : str
+        Names for `wda.data.load` and `wda.models.load`.
+    n : int or None
+        Only the first n samples.
+    dtype : {"float32", "float64"}
+    device : str
+
+    Returns
+    -------
+    x, y : Tensor
+        On the CPU; batches of them go to the model's device.
+    model : nn.Module
+    sums : dict
+        ``data_sha256`` and ``model_sha256``.
+
+    Raises
+    ------
+    ValueError, TypeError, DataUnavailable
+        The message names the argument, its value and what is accepted.
+
+    Examples
+    --------
+    >>> x, y, net, sums = load_inputs("digits", "digits-mlp", 5, "float64", "cpu")
+    >>> net(x).dtype
+    torch.float64
+    """
     precision = _DTYPES[choice("dtype", dtype, _DTYPES)]
     x, y = load_data(data, n=n)
     y = check_sample(x, y, (0.0, 1.0))

@@ -9,15 +9,18 @@ from wda.experiment.cells import Cell, finished, load_inputs, run, run_cell
 from wda.experiment.doubts import doubts
 from wda.experiment.engine import Failure, run_sweep
 from wda.experiment.notebooks import check_parameters, partial, run_notebook
+from wda.experiment.published import Failed, beside_published, run_table1, table1
 from wda.experiment.records import frame, interval, merge, provenance, read, within
 from wda.experiment.sweeps import Sweep, load_sweep, results, sweeps, write_tables
 from wda.experiment.tables import costs, table
 
 __all__ = [
     "Cell",
+    "Failed",
     "Failure",
     "Sweep",
     "ablations",
+    "beside_published",
     "bracket_table",
     "check_parameters",
     "costs",
@@ -37,8 +40,10 @@ __all__ = [
     "run_cell",
     "run_notebook",
     "run_sweep",
+    "run_table1",
     "sweeps",
     "table",
+    "table1",
     "within",
     "write_tables",
 ]

@@ -1,4 +1,4 @@
-"""The ablations of a model: which cells they are, what is refused, the figures, the notebook."""
+"""The ablations of a model: which cells they are, what is refused, the notebook."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import numpy as np
-import pandas as pd
 import pytest
 
 import wda
-from wda import cli, experiment, figures
+from wda import cli, experiment
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "ablations.ipynb"
 
@@ -71,44 +69,6 @@ def test_each_value_has_its_cell() -> None:
 def test_bad_parameters_are_refused_by_name(bad: dict[str, Any], said: str) -> None:
     with pytest.raises((ValueError, TypeError, wda.DataUnavailable), match=said):
         experiment.ablations(**bad)
-
-
-def test_seconds_are_drawn_over_the_sample_and_their_slope_is_told() -> None:
-    rng = np.random.default_rng(0)
-    rows, slopes = [], {"pgd": 0.002, "a3": 0.5}
-    for model in ("one", "other"):
-        for label, slope in slopes.items():
-            for n in rng.permutation([50, 100, 200, 400]).tolist():
-                rows.append({"model": model, "label": label, "n": n, "seconds": 3 + slope * n})
-    figure = figures.seconds_over_samples(pd.DataFrame(rows))
-    assert [panel.get_title() for panel in figure.axes] == ["one", "other"]
-    for panel in figure.axes:
-        for line, (label, slope) in zip(panel.lines, slopes.items(), strict=True):
-            assert line.get_xdata().tolist() == [50, 100, 200, 400]
-            assert line.get_ydata() == pytest.approx(3 + slope * line.get_xdata())
-            told, unit = line.get_label().split(": ")[1].split(" ", 1)
-            assert (line.get_label().split(":")[0], unit) == (label, "ms per sample")
-            assert float(told) == pytest.approx(1000 * slope)
-
-
-def test_a_single_size_has_no_slope() -> None:
-    figure = figures.seconds_over_samples(pd.DataFrame([{"model": "m", "label": "pgd", "n": 50, "seconds": 1.0}]))
-    assert figure.axes[0].lines[0].get_label() == "pgd"
-
-
-def test_walks_in_other_balls_have_panels_of_their_own() -> None:
-    def row(norm: str, eps: float, steps: int, size: float | None, accuracy: float) -> dict[str, Any]:
-        walk = {"steps": steps, "step_size": size}
-        what = {"model": "m", "attack": "wda", "norm": norm, "eps": eps, "options": walk, "accuracy": accuracy}
-        return what | {"clean_accuracy": 0.9}
-
-    rows = [row("Linf", 0.1, 5, None, 0.5), row("Linf", 0.1, 2, None, 0.6), row("Linf", 0.1, 5, 0.2, 0.7)]
-    rows += [row("L2", 0.5, 2, None, 0.8)]
-    first, second = figures.accuracy_over_steps(pd.DataFrame(rows)).axes
-    drawn = [{str(line.get_label()): list(line.get_ydata()) for line in panel.lines[:-1]} for panel in (first, second)]
-    assert drawn[0] == {"cosine": pytest.approx([60, 50]), "0.2": pytest.approx([70])}
-    assert drawn[1] == {"cosine": pytest.approx([80])}
-    assert [panel.lines[-1].get_ydata()[0] for panel in (first, second)] == [90, 90]  # dotted: the sample's accuracy
 
 
 def test_the_notebook_goes_on_where_it_was_and_refuses_before_it_runs(

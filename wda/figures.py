@@ -232,14 +232,34 @@ def accuracy_over_passes(results: pd.DataFrame) -> Figure:
             colour, marker = looks[threat]
             passes = points.forward + points.backward
             panel.plot(passes, 100 * points.accuracy, color=colour, marker=marker, linestyle="", label=threat)
-            for name, x, y in zip(points.name, passes, 100 * points.accuracy, strict=True):
-                panel.annotate(name, (x, y), (3, 3), textcoords="offset points", fontsize="x-small")
+        named = results.loc[of_model.index].sort_values("accuracy", kind="stable")
+        heights = _apart((100 * named.accuracy).tolist(), gap=4.0, top=99.0)
+        for row, height in zip(named.itertuples(), heights, strict=True):
+            panel.annotate(
+                row.name,
+                (row.forward + row.backward, 100 * row.accuracy),
+                xytext=(1.03, height),
+                textcoords=("axes fraction", "data"),
+                arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "linewidth": 0.6, "shrinkB": 4},
+                fontsize="x-small",
+                va="center",
+            )
         panel.set_title(f"{model}\n{norm} {radius_text(eps)}", fontsize="medium")
         panel.set_xscale("log")
-        panel.margins(x=0.2)
         panel.set_xlabel("passes per sample")
         panel.legend(fontsize="small")
     return figure
+
+
+def _apart(values: list[float], gap: float, top: float) -> list[float]:
+    """Sorted values moved up until they are a gap apart, then down again where that is beyond the top."""
+    for i in range(1, len(values)):
+        values[i] = max(values[i], values[i - 1] + gap)
+    limit = top
+    for i in reversed(range(len(values))):
+        values[i] = min(values[i], limit)
+        limit = values[i] - gap
+    return values
 
 
 def seconds_over_samples(results: pd.DataFrame) -> Figure:

@@ -25,8 +25,8 @@ def doubts(model: Model, x: Tensor, y: Tensor, batch_size: int = 256) -> list[st
     - all that attacks warn of: a model that is random, logits or gradients that are NaN, gradients that are zero;
     - probabilities in the place of logits;
     - logits that depend on the other samples of a batch;
-    - an accuracy that is much higher on inputs of another scale: the normalisation is outside of the model;
-    - an accuracy no better than that of one constant answer, and labels numbered otherwise than the logits.
+    - an accuracy that is much higher on inputs of another scale: the normalisation is not in the model;
+    - an accuracy that is much higher with the labels numbered otherwise, or no better than that of a constant answer.
 
     Parameters
     ----------
@@ -56,7 +56,8 @@ def doubts(model: Model, x: Tensor, y: Tensor, batch_size: int = 256) -> list[st
     with Oracle(model, batch_size) as oracle:
         told, logits = _inspected(oracle, x, y)
         told += _of_batches(oracle, x, logits) if not any("random" in line for line in told) else []
-        told += _of_probabilities(logits) + _of_scale(oracle, x, y, logits) + _of_labels(logits, y)
+        told += _of_probabilities(logits) + _of_scale(oracle, x, y, logits)
+        told += _of_chance(logits, y) + _of_numbering(logits, y)
     return told
 
 
@@ -123,27 +124,32 @@ def _told(values: Tensor) -> str:
     return ", ".join(f"{value:.3g}" for value in values.flatten().tolist())
 
 
-def _of_labels(logits: Tensor, y: Tensor) -> list[str]:
-    """Whether the accuracy is one that a constant has, and whether another numbering of the labels explains it."""
+def _of_chance(logits: Tensor, y: Tensor) -> list[str]:
+    """Whether a constant answer would be as good."""
     here, counts = _accuracy(logits, y), y.bincount()
     constant = float(counts.max()) / len(y)
     if here == 1 or interval(here, len(y))[0] > constant:
         return []
-    told = [
+    return [
         f"the accuracy is {100 * here:.1f} %; to answer {int(counts.argmax())} always has {100 * constant:.1f} %. Are "
         "the weights loaded, the labels in the order of the logits, the inputs scaled as in training?"
     ]
+
+
+def _of_numbering(logits: Tensor, y: Tensor) -> list[str]:
+    """Whether another numbering of the labels would be much better; few samples of a class could fit any."""
     K = logits.shape[1]
     answers = torch.zeros(K, K, dtype=torch.int64)
     answers.index_put_((y, logits.argmax(1)), torch.ones_like(y), accumulate=True)
     labels, meant = linear_sum_assignment(answers.numpy(), maximize=True)
-    if len(y) >= 10 * K and (renumbered := int(answers[labels, meant].sum()) / len(y)) > 0.5:
-        pairs = ", ".join(f"{label} as {other}" for label, other in zip(labels, meant, strict=True) if label != other)
-        told.append(
-            f"the labels seem to be numbered otherwise than the logits: with {pairs} the accuracy is "
-            f"{100 * renumbered:.1f} %"
-        )
-    return told
+    renumbered, here = int(answers[labels, meant].sum()) / len(y), _accuracy(logits, y)
+    if len(y) < 10 * K or renumbered <= 0.5 or interval(renumbered, len(y))[0] <= interval(here, len(y))[1]:
+        return []
+    pairs = ", ".join(f"{label} as {other}" for label, other in zip(labels, meant, strict=True) if label != other)
+    return [
+        f"the accuracy is {100 * here:.1f} %, but the labels seem to be numbered otherwise than the logits: with "
+        f"{pairs} the accuracy is {100 * renumbered:.1f} %"
+    ]
 
 
 def _accuracy(logits: Tensor, y: Tensor) -> float:

@@ -19,6 +19,9 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export CHROMIUM ?= $(shell for b in chromium chromium-browser google-chrome; do command -v $$b && break; done)
 export CHROMEDRIVER ?= $(shell command -v chromedriver)
 
+# Where notebooks run in place leave their records, and go on from them: a test of them must begin afresh.
+RESUMED := notebooks/results/ablations notebooks/results/table1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -32,6 +35,7 @@ book: env _build/inputs  ## run the chapters and write _build/html/index.html; a
 
 # Without a browser nothing reads the built pages, and their tests skip with that reason.
 test: env $(if $(and $(CHROMIUM),$(CHROMEDRIVER)),book)  ## unit tests, notebooks against their stored outputs, pages in Chromium
+	@rm -rf $(RESUMED)
 	$(BIN)/python -m pytest
 
 lint: env  ## ruff and mypy
@@ -79,6 +83,7 @@ models: env  ## train the bundled models again (4 minutes) and compare their acc
 	$(BIN)/python workflow/train_models.py --check
 
 notebooks: env  ## rerun notebooks/ in place: stored outputs and .py twins
+	@rm -rf $(RESUMED)
 	$(BIN)/jupytext --sync notebooks/*.ipynb
 	$(BIN)/python workflow/notebooks.py notebooks/*.ipynb
 

@@ -120,5 +120,5 @@ $(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/uv
 # build's, forget the executed cells and the parsed pages.
 _build/inputs: FORCE
 	@mkdir -p _build
-	@find wda data book/_static requirements.lock -type f ! -path '*/__pycache__/*' -exec cksum {} + | LC_ALL=C sort > $@.new
+	@find wda data book/_static notebooks/example_model.* requirements.lock -type f ! -path '*/__pycache__/*' -exec cksum {} + | LC_ALL=C sort > $@.new
 	@if cmp -s $@ $@.new; then rm $@.new; else rm -rf _build/.jupyter_cache _build/.doctrees && mv $@.new $@; fi

@@ -271,6 +271,12 @@ def test_table1_has_all_the_rows_of_the_paper() -> None:
         (SWEEP.replace("eps = [0.05, 0.1]", ""), "'eps' is missing"),
         (SWEEP.replace("kappa = [1, 2]", "kappa = 0.5"), "kappa=0.5"),
         (SWEEP + "shards = 3", "'shards'"),
+        (SWEEP.replace('"wda"', '"Wda"'), "attack='Wda'"),
+        (SWEEP.replace("n = 12", 'n = "12"'), "n='12': a whole number"),
+        (SWEEP.replace("order = 1", 'order = "two"', 1), "order='two'"),
+        (SWEEP.replace("[0.05, 0.1]", '"abc"'), "eps='abc'"),
+        (SWEEP.replace('["digits-mlp", "digits-cnn"]', "[]"), "no cell is defined"),
+        ("grid = []", "no cell is defined"),
     ],
 )
 def test_a_bad_sweep_is_refused(text: str, words: str, tmp_path: Path) -> None:
@@ -278,9 +284,41 @@ def test_a_bad_sweep_is_refused(text: str, words: str, tmp_path: Path) -> None:
         sweep_of(tmp_path, text)
 
 
-def test_an_unknown_sweep_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["sweep", "tabel1"]) == 2
-    assert "sweep='tabel1': kappa, local, runtime" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SWEEP.replace('"for tests"', "5"), "about=5: text is accepted"),
+        (SWEEP.replace('["kappa", "passes", "steps"]', '"kappa"'), "figures='kappa': a list of names is accepted"),
+        ("common = 3\ngrid = []", "common=3: one table"),
+        ("grid = 3", "grid=3: tables"),
+        ("grid = [3]", r"grid=\[3\]: tables"),
+        (SWEEP.replace("[[grid]]", "[grid]"), "tables .* is accepted"),
+        ("[[grid]]\nattack = 3", "attack=3: a name, or a table"),
+        (SWEEP.replace('["digits-mlp", "digits-cnn"]', "3"), "model=3: a name is accepted"),
+        (SWEEP.replace("[0.05, 0.1]", "true"), "eps=True"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        sweep_of(tmp_path, text)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert cli.main(["sweep", str(path)]) == 2
+    assert f"wda sweep: {path}: 'utf-8' codec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sweep", "table"])
+@pytest.mark.parametrize(
+    ("name", "said"), [("tabel1", "is 'table1' meant? "), ("kapa", "is 'kappa' meant? "), ("nothing", "")]
+)
+def test_an_unknown_sweep_names_the_nearest_and_those_there_are(
+    name: str, said: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, name]) == 2
+    assert f"sweep='{name}': {said}kappa, local, runtime" in capsys.readouterr().err
 
 
 def test_the_same_records_give_the_same_tables_whole_or_in_shards(tmp_path: Path) -> None:

@@ -194,8 +194,13 @@ def _finished_or_run(cell: Cell, output: str | os.PathLike[str]) -> tuple[Record
 
 def _ball(model: str, data: str | None, norm: str | None, eps: float | str | None) -> dict[str, Any]:
     """The keys of a cell that say on what a model is attacked, where the caller leaves them to us."""
-    dataset, threat = _home(model)
-    data, norm = data or dataset, norm or threat
+    if model.startswith(zoo.PREFIX):
+        dataset, threat, _ = zoo.parts(model)
+        data, norm = data or dataset, norm or threat
+    elif data is None and ":" not in model:
+        about = card(model)
+        data = about.get("data") or about.get("dataset")
+    norm = norm or "Linf"
     if data is None:
         raise ValueError(f"data=None: nothing says which data {model!r} is for; a name or an .npz file is accepted")
     if eps is None:
@@ -204,17 +209,6 @@ def _ball(model: str, data: str | None, norm: str | None, eps: float | str | Non
     if eps is None:
         raise ValueError(f"eps=None: no radius is usual for {data!r} in {norm}; a number or a fraction is accepted")
     return {"model": model, "data": data, "norm": norm, "eps": eps}
-
-
-def _home(model: str) -> tuple[str | None, str]:
-    """The data set that a model is for, where its name or its card says so, and the norm."""
-    if model.startswith(zoo.PREFIX):
-        dataset, threat, _ = zoo.parts(model)
-        return dataset, threat
-    if ":" in model:
-        return None, "Linf"
-    about = card(model)
-    return about.get("data") or about.get("dataset"), "Linf"
 
 
 def _tasks(

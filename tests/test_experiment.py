@@ -42,7 +42,7 @@ def test_records_state_everything_needed_to_read_them(folder: Path) -> None:
         assert record["passes"]["backward"] > 0
         assert record["parameters"]["options"] == wda.attacks.options(record["parameters"]["attack"])
         assert record["risk_ce_interval"][0] < record["risk_ce"] < record["risk_ce_interval"][1]
-        assert {"wda", "commit", "python", "torch", "cpu", "threads", "gpu"} == record["provenance"].keys()
+        assert {"wda", "commit", "python", "torch", "cpu", "threads", "gpu", "batch"} == record["provenance"].keys()
 
 
 def test_aggregates_follow_from_the_samples(folder: Path) -> None:

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +51,8 @@ class Counts:
         was blind, not the model robust.
     seconds : float
         By the clock on the wall.
+    batch : int or None
+        So many rows the model took at a time in the end: fewer than asked for where memory ran out.
 
     Examples
     --------
@@ -65,6 +67,7 @@ class Counts:
     backward: float = 0.0
     vanished: float = 0.0
     seconds: float = 0.0
+    batch: int | None = field(default=None, compare=False, repr=False)
 
 
 class Oracle:
@@ -226,7 +229,7 @@ class Oracle:
         Counts(forward=1.0, backward=0.0, vanished=0.0, seconds=0.5)
         """
         vanished = self.vanished / self.backward if self.backward else 0.0
-        return Counts(self.forward / n, self.backward / n, vanished, seconds)
+        return Counts(self.forward / n, self.backward / n, vanished, seconds, self.batch_size)
 
     def in_batches(self, work: Callable[[slice], Result], rows: slice) -> list[Result]:
         """What `work` gives for batches that cover the rows from `rows.start` to `rows.stop`.

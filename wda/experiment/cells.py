@@ -239,9 +239,11 @@ def _measure(cell: Cell, at: _Setting) -> Record:
     rows = samples(at.clean, _logits(at.net, points, cell.batch_size), at.y, distance, at.first)
     parameters = {**at.about, "eps": cell.eps, "order": cell.order, "attack": cell.attack, "kappa": cell.kappa}
     parameters |= {"options": {**options(cell.attack), **cell.options}}
-    passes = {key: value if key == "seconds" else round(value, 8) for key, value in asdict(counts).items()}
+    passes = {key: round(getattr(counts, key), 8) for key in ("forward", "backward", "vanished")}
+    passes["seconds"] = counts.seconds
     record = {"parameters": parameters, **outcome(parameters, rows), "passes": passes, "samples": rows}
-    return {**record, "provenance": provenance(cell.device)}
+    # the batch that fitted, where memory was short a smaller one than the parameter
+    return {**record, "provenance": {**provenance(cell.device), "batch": counts.batch}}
 
 
 def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False) -> Record:

@@ -214,6 +214,11 @@ def _failure(folder: Path, cell: Cell) -> Failure:
         outputs = [o for part in json.loads(notebook.read_text())["cells"] for o in part.get("outputs", [])]
         if errors := [o for o in outputs if o["output_type"] == "error"]:
             return Failure(cell.name, f"{errors[0]['ename']}: {errors[0]['evalue']}", notebook)
+    if shutil.disk_usage(folder).free < _ROOM:
+        return Failure(cell.name, f"no space is left on the disk of {folder}", folder)
     log = text if text.is_file() and text.stat().st_size else folder / "snakemake.log"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it did not run"]
     return Failure(cell.name, lines[-1].strip(), log)
+
+
+_ROOM = 2**16  # bytes; where there are fewer, neither notebook nor log is whole

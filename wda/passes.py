@@ -384,8 +384,9 @@ def distrust(message: str) -> None:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is CUDA's error or that of the CPU's allocator, which has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether this is torch's error or one that has no type of its own: of the CPU's allocator, cuBLAS or cuDNN."""
+    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tensor:

@@ -191,7 +191,7 @@ def accuracy_over_steps(results: pd.DataFrame) -> Figure:
         panel.set_xticks(counts, labels=map(str, counts))
         panel.minorticks_off()
         panel.set_xlabel("steps")
-        panel.legend(fontsize="small", title="step size")
+        panel.legend(fontsize="small", title="step size", loc="upper left", bbox_to_anchor=(1, 1))
     panels[0].set_ylabel("accuracy (%)")
     return figure
 

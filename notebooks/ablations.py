@@ -134,7 +134,7 @@ print(experiment.costs(largest).drop(columns="transport cost").to_string(index=F
 
 # %% [markdown]
 # Seconds depend on the machine, and on what else it does. A call has a cost of its own, whatever the size of the
-# sample; the slope of a line through the points has not.
+# sample; the slope of a line through the points has not. It is told where a line fits.
 
 # %%
 wide = cost.pivot(index="n", columns="label", values="seconds")[attacks]

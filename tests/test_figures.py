@@ -31,9 +31,11 @@ def test_seconds_are_drawn_over_the_sample_and_their_slope_is_told() -> None:
             assert float(told) == pytest.approx(1000 * slope)
 
 
-def test_a_single_size_has_no_slope() -> None:
-    figure = figures.seconds_over_samples(pd.DataFrame([{"model": "m", "label": "pgd", "n": 50, "seconds": 1.0}]))
-    assert figure.axes[0].lines[0].get_label() == "pgd"
+@pytest.mark.parametrize("seconds", [[1.0], [7.0, 6.5, 7.0], [3.0, 2.0, 1.0]])
+def test_what_is_no_line_has_no_slope(seconds: list[float]) -> None:
+    rows = [{"model": "m", "label": "a3", "n": 50 * (i + 1), "seconds": value} for i, value in enumerate(seconds)]
+    figure = figures.seconds_over_samples(pd.DataFrame(rows))
+    assert figure.axes[0].lines[0].get_label() == "a3"
 
 
 def test_walks_in_other_balls_have_panels_of_their_own() -> None:

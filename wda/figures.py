@@ -265,8 +265,9 @@ def _apart(values: list[float], gap: float, top: float) -> list[float]:
 def seconds_over_samples(results: pd.DataFrame) -> Figure:
     """What each attack takes as the sample grows: a panel for each model, a line for each attack.
 
-    The legend has the slope of a least-squares line, that is the seconds per sample without what a call costs at any
-    size, where there are two sizes or more.
+    The legend has the slope of a least-squares line, the seconds per sample without what a call costs at any size;
+    but only where a line fits, with a correlation above 0.9. Other programs on the machine may be in its way, or an
+    attack whose calls cost the same for few samples as for more.
 
     Parameters
     ----------
@@ -286,7 +287,7 @@ def seconds_over_samples(results: pd.DataFrame) -> Figure:
         looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
         for (label, line), (colour, marker) in zip(of_model.groupby("label", sort=False), looks, strict=False):
             line = line.sort_values("n")
-            if len(line) > 1:
+            if len(line) > 1 and np.corrcoef(line.n, line.seconds)[0, 1] > 0.9:
                 label += f": {1000 * np.polyfit(line.n, line.seconds, 1)[0]:.2g} ms per sample"
             panel.plot(line.n, line.seconds, color=colour, marker=marker, label=label)
         panel.set_title(model, fontsize="medium")

@@ -57,12 +57,19 @@ import torch
 
 import wda
 from wda import experiment
+from wda.certificates.radius import METHODS
+from wda.checks import choice
 from wda.figures import COLOURS
 
 # what takes long says how far it is
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 
-balls = [wda.Threat(norm, eps, order) for order in orders for eps in radii]  # an error here names what is accepted
+# what is wrong with the parameters is said before anything runs
+choice("certify", certify, ("none", *METHODS))
+for name, value in (("radii", radii), ("orders", orders)):
+    if not isinstance(value, list) or not value:
+        raise TypeError(f'{name}={value!r}: a list is accepted, in a shell -p {name} "[1, 2]"')
+balls = [wda.Threat(norm, eps, order) for order in orders for eps in radii]
 print(*balls, sep="\n")
 
 # %% [markdown]

@@ -172,3 +172,19 @@ def test_a_notebook_says_why_there_is_no_certificate(tmp_path: Path) -> None:
     text = out.read_text()
     assert "no certificate: LayerNorm" in text
     assert wda.Bracket.load(tmp_path / "kept" / "bracket.json").why
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["radii", "[2/255]"], "TypeError: radii='[2/255]': a list is accepted"),
+        (["certify", "linaer"], "ValueError: certify='linaer': one of 'none', 'auto'"),
+    ],
+)
+def test_a_parameter_that_does_not_fit_is_found_before_anything_runs(
+    given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", str(NOTEBOOKS / "own_model.ipynb"), "-p", *given]) == 1
+    assert f"wda run: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "results" / "own-model").exists()

@@ -102,8 +102,8 @@ print(experiment.costs(results).to_string(index=False))
 # %% [markdown]
 # ## Beside the paper
 #
-# Published and reproduced, in per cent, and their difference in points. The published numbers are of the whole test set
-# (ImageNet: of 5,000 images); of fewer images the interval says how much the difference can mean.
+# Published and reproduced, in per cent, and their difference in points. RobustBench evaluates the whole test set, of
+# ImageNet 5,000 images. Of fewer images, Wilson's interval says how much a difference can mean.
 
 # %% tags=["nbval-check-output"]
 rows = experiment.beside_published(results)

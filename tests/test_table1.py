@@ -24,7 +24,7 @@ R18 = "robustbench:cifar10/Linf/Sehwag2021Proxy_R18"
 WIDE = "robustbench:cifar10/Linf/Wang2023Better_WRN-28-10"
 MISSING = "robustbench:cifar10/Linf/Xu2023Exploring_WRN-28-10"
 CUT = "robustbench:cifar10/L2/Sehwag2021Proxy_R18"
-POINTWISE = ["apgd-ce", "apgd-dlr", "autoattack", "a3", "a3++"]
+NEAR, MEAN = "W∞: each image by at most ε", "W1: ε on average"
 
 
 def said(path: Path) -> str:
@@ -106,7 +106,7 @@ def test_the_notebook_runs_robustbenchs_models_and_tells_of_those_it_cannot(
     assert text.endswith("2 failed\n")
     assert "16 of 18 rows not run here" in text
     for model in (R18, WIDE):
-        for ball in ("W∞: each image by at most ε", "W1: ε on average"):
+        for ball in (NEAR, MEAN):
             assert f"{model}, {ball}, 2 images" in text
     cells = len(STEPS)
     results = experiment.read(folder)
@@ -269,21 +269,20 @@ def test_a_result_stands_beside_the_number_of_its_own_column() -> None:
         [row] = [
             r for r in csv.DictReader(file) if r["robustbench_id"] == "Sehwag2021Proxy_R18" and r["norm"] == "Linf"
         ]
-    near, mean = "W∞: each image by at most ε", "W1: ε on average"
     columns = {
         ("sample", "clean"): ("clean", 90),
-        (near, "apgd-ce"): ("apgd_ce", 60),
-        (mean, "wda κ=1"): ("wda_k1", 55),
-        (mean, "wda κ=2"): ("wda_k2", 52),
-        (near, "autoattack"): ("aa", 51),
+        (NEAR, "apgd-ce"): ("apgd_ce", 60),
+        (MEAN, "wda κ=1"): ("wda_k1", 55),
+        (MEAN, "wda κ=2"): ("wda_k2", 52),
+        (NEAR, "autoattack"): ("aa", 51),
     }
     for place, (name, ours) in columns.items():
         assert found.loc[place, "published"] == float(row[name])
         assert found.loc[place, "difference"] == pytest.approx(ours - float(row[name]))
         assert found.loc[place, "low"] < ours < found.loc[place, "high"]
         assert found.loc[place, "n"] == 100
-    assert set(found.index) == {*columns, (near, "closest"), (mean, "closest")}
-    assert found.loc[[(near, "closest"), (mean, "closest")], "published"].isna().all()
+    assert set(found.index) == {*columns, (NEAR, "closest"), (MEAN, "closest")}
+    assert found.loc[[(NEAR, "closest"), (MEAN, "closest")], "published"].isna().all()
 
 
 @pytest.mark.parametrize(
@@ -297,20 +296,46 @@ def test_another_ball_or_other_data_are_not_held_against_the_paper(given: dict[s
 
 def test_another_order_or_other_options_have_a_line_of_their_own() -> None:
     rows = beside_published(pd.DataFrame([made_up(order="1.0"), made_up(options={"steps": 2})]))
+    assert len(beside_published(pd.DataFrame([made_up(order="3.0")]))) == 144 + 1
     found = rows[rows.reproduced.notna() & (rows.attack != "clean")]
     assert found.attack.tolist() == ["apgd-ce steps=2", "apgd-ce"]
     assert found.published.notna().tolist() == [True, False]
 
 
+def test_the_lines_of_a_ball_stand_together() -> None:
+    balls = beside_published().groupby("model", sort=False).ball.agg(list)
+    assert all(of_row == sorted(of_row, key=["sample", NEAR, MEAN].index) for of_row in balls)
+
+
+def test_records_of_the_sweep_stand_beside_their_rows(tmp_path: Path) -> None:
+    """What the book does with records of the sweep `table1`; they are made up here, and of one row."""
+    sweep = experiment.load_sweep("table1")
+    cells = [task.cell for task in sweep.tasks if task.cell.model == R18]
+    for cell in cells:
+        like = {"attack": "closest"} if cell.eps is None else {"attack": "fgsm", "eps": 0.1, "order": cell.order}
+        record = experiment.run_cell(experiment.Cell(n=10, **like), tmp_path / "like")
+        record["parameters"] |= {
+            key: getattr(cell, key) for key in ("data", "model", "eps", "order", "attack", "kappa")
+        }
+        record["parameters"]["options"] = wda.attacks.options(cell.attack)
+        experiment.records.save(record, tmp_path / f"{cell.name}.json")
+    found, missing = experiment.results(sweep, tmp_path)
+    assert len(missing) == len(sweep.tasks) - len(cells)
+    rows = beside_published(frame(found)).dropna(subset="reproduced")
+    assert rows.model.unique().tolist() == [R18]
+    assert rows.published.notna().sum() == 8
+    assert rows[rows.published.isna()].attack.tolist() == ["closest", "closest"]
+    assert (rows.difference.dropna() == (rows.reproduced - rows.published).dropna()).all()
+
+
 def test_two_balls_are_never_in_one_column(tmp_path: Path) -> None:
     records, _, _ = quick(tmp_path, ["digits-mlp", "digits-cnn"])
     wide = table1(frame(records))
-    near, mean = "W∞: each image by at most ε", "W1: ε on average"
     assert wide.columns.tolist() == [
-        ("sample", "clean"), (near, "pgd"), (near, "closest"), (mean, "wda κ=1"), (mean, "wda κ=2"), (mean, "closest")
+        ("sample", "clean"), (NEAR, "pgd"), (NEAR, "closest"), (MEAN, "wda κ=1"), (MEAN, "wda κ=2"), (MEAN, "closest")
     ]  # fmt: skip
     assert wide.notna().all(axis=None)
-    assert (wide[mean, "closest"] <= wide[near, "closest"]).all()
+    assert (wide[MEAN, "closest"] <= wide[NEAR, "closest"]).all()
     with pytest.raises(ValueError, match="two results are of"):
         table1(frame(records + records))
 
@@ -322,6 +347,6 @@ def test_the_stored_table_is_what_the_code_finds(tmp_path: Path) -> None:
     """The notebook reads records of an earlier run of its own, if there are any, so nbval alone would not see this."""
     records, _, _ = quick(tmp_path, ["digits-mlp", "digits-cnn-adv"], attacks=["wda", "closest"], n=100)
     text = said(NOTEBOOK)
-    for name, row in table1(frame(records))["W1: ε on average"].round(1).iterrows():
+    for name, row in table1(frame(records))[MEAN].round(1).iterrows():
         [line] = [ln for ln in text.splitlines() if ln.split() == [name[0], "Linf", "0.1", *map(str, row)]]
         assert line

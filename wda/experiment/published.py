@@ -288,7 +288,7 @@ def beside_published(results: pd.DataFrame | None = None) -> pd.DataFrame:
     -------
     DataFrame
         `model`, by its name for `wda.models.load`; `paper` and `architecture` as printed; `data`, `norm`, `eps`;
-        `ball`, whose columns belong together; `attack`; `published` and `reproduced`, in per cent, and `difference`, in
+        `ball`, whose lines stand together; `attack`; `published` and `reproduced`, in per cent, and `difference`, in
         points; `low` and `high`, Wilson's interval at 95 % for the reproduced number, and `n`, of how many images it
         is; `note`, ours, on the row.
 
@@ -317,7 +317,8 @@ def beside_published(results: pd.DataFrame | None = None) -> pd.DataFrame:
         ball=rows.order.map(_ball_name),
         attack=rows.label.fillna(rows.usual),
         difference=rows.reproduced - rows.published,
-    ).sort_values(["row", "place", "attack", "order"], ascending=[True, True, True, False], ignore_index=True)
+        ball_place=rows.order.map({order: place for place, order in enumerate(_BALLS)}).fillna(len(_BALLS)),
+    ).sort_values(["row", "ball_place", "place", "attack"], kind="stable", ignore_index=True)
     shown = [*keys, "paper", "architecture", "ball", "attack", "published", "reproduced", "difference"]
     return rows[[*shown, "low", "high", "n", "note"]]
 

@@ -25,7 +25,7 @@ RESUMED := notebooks/results/ablations notebooks/results/table1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments theory recession hunt attacks sweeps kills slurm benchmarks models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory recession hunt attacks sweeps kills slurm cost benchmarks models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,9 @@ kills: env  ## kill a sweep of 48 cells 22 times, go on each time, and record th
 slurm: env  ## run a sweep here and through a Slurm of one node, as root, and record both (needs Debian or Ubuntu)
 	workflow/slurm-node.sh
 	$(BIN)/python workflow/slurm.py local
+
+cost: env  ## count what Table 1 would cost on this device (2 minutes; with a GPU: workflow/cost.py --device cuda)
+	$(BIN)/python workflow/cost.py
 
 benchmarks: env  ## time the package against yardsticks in the same run
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done

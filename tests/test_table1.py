@@ -193,12 +193,14 @@ def test_an_attack_that_fails_leaves_the_others_of_its_model(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"models": []}, "models=.*at least one"),
+        ({"models": []}, r"models=\[\]: a list is accepted"),
+        ({"models": "digits-mlp"}, r"models='digits-mlp': .* -p models \"\['digits-mlp'\]\""),
         ({"models": ["digits-mlp"] * 2}, "each once"),
         ({"attacks": ["pgdd"]}, "'pgdd'"),
         ({"attacks": []}, "attacks="),
         ({"kappas": [0.5]}, "kappa=0.5"),
         ({"kappas": [2, 2]}, "kappas="),
+        ({"kappas": 2}, r"kappas=2: .* -p kappas \"\[1\]\""),
         ({"settings": {"fgsm": {}}}, "settings='fgsm'"),
         ({"settings": {"pgd": {"stepz": 3}}}, "'stepz'"),
         ({"eps": -1}, "eps=-1"),
@@ -211,6 +213,14 @@ def test_an_attack_that_fails_leaves_the_others_of_its_model(tmp_path: Path, mon
 def test_a_bad_argument_is_refused_before_the_first_pass(given: dict[str, Any], words: str, tmp_path: Path) -> None:
     chosen: dict[str, Any] = {"models": ["digits-mlp"], "attacks": ["pgd", "wda"], **given}
     with pytest.raises(ValueError, match=words):
+        run_table1(**chosen, output=tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [{"models": [3]}, {"data": 3}, {"settings": [1]}, {"settings": {"pgd": 3}}])
+def test_an_argument_of_another_type_is_named(given: dict[str, Any], tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"models": ["digits-mlp"], "attacks": ["pgd"], "eps": 0.1, **given}
+    with pytest.raises(TypeError, match=f"{next(iter(given))}="):
         run_table1(**chosen, output=tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

@@ -415,7 +415,7 @@ def run(
     """
     threat = Threat(norm, eps, order)
     pairs = _cells(attacks, kappas, threat.order)
-    chosen = _settings(attacks, settings)
+    chosen = check_settings(attacks, settings)
     shared: dict[str, Any] = {"data": data, "model": model, "norm": norm, "n": n, "seed": seed}
     shared |= {"batch_size": batch_size, "dtype": dtype, "device": device}
     ball: dict[str, Any] = {"eps": threat.eps, "order": threat.order}
@@ -454,7 +454,7 @@ def _cells(names: Sequence[str], kappas: Sequence[float], order: float) -> list[
     return [(name, kappa) for name in names for kappa in (checked if name == "wda" else [1.0])]
 
 
-def _settings(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def check_settings(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The options given for each attack; an error where there is no such attack or option among them."""
     accepted = "in a shell -p settings \"{'pgd': {'steps': 100}}\""
     if not isinstance(settings, Mapping) or not all(isinstance(given, Mapping) for given in settings.values()):

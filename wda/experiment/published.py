@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from wda import zoo
 from wda.attacks import check_kappa, kind
-from wda.checks import choice
 from wda.errors import DataUnavailable
-from wda.experiment.cells import Cell, run_cell
+from wda.experiment.cells import Cell, check_settings, run_cell
 from wda.experiment.records import Record, method, within
 from wda.experiment.sweeps import Task, whole_record
 from wda.experiment.tables import labelled
@@ -133,21 +132,19 @@ def run_table1(
     >>> len(records), [failure.model for failure in failed]
     (2, ['nobody'])
     """
-    names = [models] if isinstance(models, str) else list(models)
-    for name, values in (("models", names), ("attacks", attacks), ("kappas", kappas)):
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name}={values!r}: at least one is accepted, and each once")
-    for name in settings:
-        choice("settings", name, attacks)
+    for name, values, such in (("models", models, "digits-mlp"), ("attacks", attacks, "wda"), ("kappas", kappas, 1)):
+        if not isinstance(values, list | tuple) or not values or len(set(values)) < len(values):
+            raise ValueError(f'{name}={values!r}: a list is accepted, each once, in a shell -p {name} "[{such!r}]"')
+    chosen = check_settings(attacks, settings)
     common = {"n": n, "seed": seed, "batch_size": batch_size, "dtype": dtype, "device": device}
     tasks, errors = [], {}
-    for model in names:
+    for model in models:
         try:
             ball = _ball(model, data, norm, eps)
         except DataUnavailable as error:
             errors[model, _told(error)] = list(attacks)
             continue
-        tasks += [task for attack in attacks for task in _tasks(attack, kappas, settings, **ball, **common)]
+        tasks += [task for attack in attacks for task in _tasks(attack, kappas, chosen[attack], **ball, **common)]
     check_writable(Path(output))
 
     records, clock = [], _Clock(len(tasks))
@@ -194,6 +191,8 @@ def _finished_or_run(cell: Cell, output: str | os.PathLike[str]) -> tuple[Record
 
 def _ball(model: str, data: str | None, norm: str | None, eps: float | str | None) -> dict[str, Any]:
     """The keys of a cell that say on what a model is attacked, where the caller leaves them to us."""
+    if not isinstance(model, str):
+        raise TypeError(f"models=[..., {model!r}]: names are accepted")
     if model.startswith(zoo.PREFIX):
         dataset, threat, _ = zoo.parts(model)
         data, norm = data or dataset, norm or threat
@@ -211,11 +210,9 @@ def _ball(model: str, data: str | None, norm: str | None, eps: float | str | Non
     return {"model": model, "data": data, "norm": norm, "eps": eps}
 
 
-def _tasks(
-    attack: str, kappas: Sequence[float], settings: Mapping[str, Mapping[str, Any]], **given: Any
-) -> Iterator[Task]:
-    """The cells of an attack on one model."""
-    cell = {**given, "attack": attack, "options": settings.get(attack, {})}
+def _tasks(attack: str, kappas: Sequence[float], chosen: Mapping[str, Any], **given: Any) -> Iterator[Task]:
+    """The cells of an attack, with options, on one model."""
+    cell = {**given, "attack": attack, "options": chosen}
     of = kind(attack)
     if of == "nearest":
         eps = cell.pop("eps")

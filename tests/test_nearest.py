@@ -284,7 +284,7 @@ def test_limits_and_starting_points(norm: str) -> None:
 @each_norm
 @each_box
 def test_bounds_hold_when_time_runs_out(norm: str, box: tuple[float, float] | None) -> None:
-    net = network((4, 8, 5, 3), 0)
+    net = network((3, 8, 5, 3), 0)
     x, y = samples(net, 2, 0)
     exact = nearest(net, x, y, norm, box)
     for time_limit, known in itertools.product((0.0, 0.03), ({}, {"upper": exact.upper}, {"x_adv": exact.x_adv})):

@@ -71,6 +71,6 @@ def test_names_of_attacks_do_not_overlap(seed: int) -> None:
     assert words.keys() == {row["label"] for row in rows}
     for one, other in itertools.combinations(words.values(), 2):
         assert not one.overlaps(other)
-    by_accuracy = sorted(rows, key=lambda row: row["accuracy"])
+    by_accuracy = sorted(rows, key=lambda row: (row["accuracy"], -row["forward"]))
     heights = [words[row["label"]].y0 for row in by_accuracy]
     assert heights == sorted(heights)

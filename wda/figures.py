@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -204,6 +205,8 @@ def _size(chosen: dict[str, float | None]) -> str:
 def accuracy_over_passes(results: pd.DataFrame) -> Figure:
     """What each attack finds over what it costs: a panel for each model, norm and radius, a point for each attack.
 
+    Each panel has its own scale, which need not begin at 0.
+
     Parameters
     ----------
     results : DataFrame
@@ -224,26 +227,14 @@ def accuracy_over_passes(results: pd.DataFrame) -> Figure:
     ]
     results = results.assign(name=names, threat="W" + results.order.str.removesuffix(".0"))
     looks = dict(zip(results.threat.unique(), itertools.cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
-    figure, panels = _panels(len(groups))
+    figure, panels = _panels(len(groups), sharey=False)
     panels[0].set_ylabel("accuracy (%)")
-    panels[0].set_ylim(0, 101)
     for panel, ((model, norm, eps), of_model) in zip(panels, groups, strict=True):
         for threat, points in results.loc[of_model.index].groupby("threat", sort=False):
             colour, marker = looks[threat]
             passes = points.forward + points.backward
             panel.plot(passes, 100 * points.accuracy, color=colour, marker=marker, linestyle="", label=threat)
-        named = results.loc[of_model.index].sort_values("accuracy", kind="stable")
-        heights = _apart((100 * named.accuracy).tolist(), gap=4.0, top=99.0)
-        for row, height in zip(named.itertuples(), heights, strict=True):
-            panel.annotate(
-                row.name,
-                (row.forward + row.backward, 100 * row.accuracy),
-                xytext=(1.03, height),
-                textcoords=("axes fraction", "data"),
-                arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "linewidth": 0.6, "shrinkB": 4},
-                fontsize="x-small",
-                va="center",
-            )
+        _name_points(panel, results.loc[of_model.index])
         panel.set_title(f"{model}\n{norm} {radius_text(eps)}", fontsize="medium")
         panel.set_xscale("log")
         panel.set_xlabel("passes per sample")
@@ -251,22 +242,40 @@ def accuracy_over_passes(results: pd.DataFrame) -> Figure:
     return figure
 
 
-def _apart(values: list[float], gap: float, top: float) -> list[float]:
-    """Sorted values moved up until they are a gap apart, then down again where that is beyond the top."""
-    for i in range(1, len(values)):
-        values[i] = max(values[i], values[i - 1] + gap)
-    limit = top
-    for i in reversed(range(len(values))):
-        values[i] = min(values[i], limit)
-        limit = values[i] - gap
-    return values
+def _name_points(panel: Axes, points: pd.DataFrame) -> None:
+    """The names of points of accuracy over passes, in a column beside the panel, in the order of their heights."""
+    points = points.assign(passes=points.forward + points.backward, percent=100 * points.accuracy)
+    points = points.sort_values(["percent", "passes"], ascending=[True, False])
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high)
+    for row, height in zip(points.itertuples(), _apart((points.percent - low) / (high - low), 0.05), strict=True):
+        panel.annotate(
+            row.name,
+            (row.passes, row.percent),
+            xytext=(1.06, height),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 4},
+            fontsize="x-small",
+            va="center",
+        )
+
+
+def _apart(heights: Iterable[float], gap: float) -> list[float]:
+    """Sorted heights from 0 to 1 moved as little as need be, in least squares, until they are a gap apart.
+
+    Without the gaps that is isotonic regression, of which this is the max-min formula.
+    """
+    free = [height - gap * i for i, height in enumerate(heights)]
+    n, top = len(free), 1 - gap * (len(free) - 1)
+    kept = [max(min(fmean(free[j : k + 1]) for k in range(i, n)) for j in range(i + 1)) for i in range(n)]
+    return [min(max(height, 0.0), top) + gap * i for i, height in enumerate(kept)]
 
 
 def seconds_over_samples(results: pd.DataFrame) -> Figure:
     """What each attack takes as the sample grows: a panel for each model, a line for each attack.
 
     The legend has the slope of a least-squares line, the seconds per sample without what a call costs at any size;
-    but only where a line fits, with a correlation above 0.9. Other programs on the machine may be in its way, or an
+    but only where a line fits, with a correlation above 0.8. Other programs on the machine may be in its way, or an
     attack whose calls cost the same for few samples as for more.
 
     Parameters
@@ -287,7 +296,7 @@ def seconds_over_samples(results: pd.DataFrame) -> Figure:
         looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
         for (label, line), (colour, marker) in zip(of_model.groupby("label", sort=False), looks, strict=False):
             line = line.sort_values("n")
-            if len(line) > 1 and np.corrcoef(line.n, line.seconds)[0, 1] > 0.9:
+            if len(line) > 1 and np.corrcoef(line.n, line.seconds)[0, 1] > 0.8:
                 label += f": {1000 * np.polyfit(line.n, line.seconds, 1)[0]:.2g} ms per sample"
             panel.plot(line.n, line.seconds, color=colour, marker=marker, label=label)
         panel.set_title(model, fontsize="medium")

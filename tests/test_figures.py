@@ -53,6 +53,23 @@ def test_walks_in_other_balls_have_panels_of_their_own() -> None:
     assert [panel.lines[-1].get_ydata()[0] for panel in (first, second)] == [90, 90]  # dotted: the sample's accuracy
 
 
+@pytest.mark.parametrize("span", [8, 100])
+@pytest.mark.parametrize("least", [1.0, 30.0, 3000.0])
+def test_numbers_of_passes_do_not_overlap(least: float, span: int) -> None:
+    what = {"model": "m", "label": "pgd", "kappa": 1.0, "norm": "L2", "eps": 0.5, "order": "inf", "accuracy": 0.5}
+    rows = [what | {"forward": least * times, "backward": least * times} for times in (1, span)]
+    figure = figures.accuracy_over_passes(pd.DataFrame(rows))
+    figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    numbers = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert len(numbers) >= 2
+    assert not axis.get_minorticklabels()
+    for one, other in itertools.pairwise(numbers):
+        assert not one.get_window_extent().overlaps(other.get_window_extent())
+        assert float(one.get_text()) < float(other.get_text())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_names_of_attacks_do_not_overlap(seed: int) -> None:
     """Where many attacks leave nearly the same accuracy, each can still be read, and lies in the order of its point."""

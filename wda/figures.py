@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from wda.threat import radius_text
 
@@ -235,10 +236,16 @@ def accuracy_over_passes(results: pd.DataFrame) -> Figure:
             passes = points.forward + points.backward
             panel.plot(passes, 100 * points.accuracy, color=colour, marker=marker, linestyle="", label=threat)
         _name_points(panel, results.loc[of_model.index])
-        panel.set_title(f"{model}\n{norm} {radius_text(eps)}", fontsize="medium")
+        only = f"{results.threat.iloc[0]} " if len(looks) == 1 else ""
+        panel.set_title(f"{model}\n{only}{norm} {radius_text(eps)}", fontsize="medium")
         panel.set_xscale("log")
+        fewest, most = panel.get_xlim()
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3) if most / fewest < 100 else (1,)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
         panel.set_xlabel("passes per sample")
-        panel.legend(fontsize="small")
+        if not only:
+            panel.legend(fontsize="small")
     return figure
 
 

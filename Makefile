@@ -33,10 +33,11 @@ help:  ## this list
 book: env _build/inputs  ## run the chapters and write _build/html/index.html; a warning or a failing cell is an error
 	$(BIN)/jupyter-book build -W --keep-going .
 
+# Two processes, each file in one of them: what a notebook's cells share is in one kernel.
 # Without a browser nothing reads the built pages, and their tests skip with that reason.
 test: env $(if $(and $(CHROMIUM),$(CHROMEDRIVER)),book)  ## unit tests, notebooks against their stored outputs, pages in Chromium
 	@rm -rf $(RESUMED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -19,10 +19,13 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export CHROMIUM ?= $(shell for b in chromium chromium-browser google-chrome; do command -v $$b && break; done)
 export CHROMEDRIVER ?= $(shell command -v chromedriver)
 
+# Where notebooks run in place leave their records, and go on from them: a test of them must begin afresh.
+RESUMED := notebooks/results/ablations notebooks/results/table1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments theory recession hunt attacks finetune kills slurm benchmarks models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory recession hunt attacks finetune sweeps kills slurm cost benchmarks models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -30,9 +33,11 @@ help:  ## this list
 book: env _build/inputs  ## run the chapters and write _build/html/index.html; a warning or a failing cell is an error
 	$(BIN)/jupyter-book build -W --keep-going .
 
+# Two processes, each file in one of them: what a notebook's cells share is in one kernel.
 # Without a browser nothing reads the built pages, and their tests skip with that reason.
 test: env $(if $(and $(CHROMIUM),$(CHROMEDRIVER)),book)  ## unit tests, notebooks against their stored outputs, pages in Chromium
-	$(BIN)/python -m pytest
+	@rm -rf $(RESUMED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -63,12 +68,20 @@ attacks: env  ## run every attack on the networks under WDA_DATA and record what
 finetune: env  ## fine-tune the networks for the digits in every configuration and record what is not yet recorded (an hour, and more where WDA_DATA is set)
 	$(BIN)/python workflow/finetune.py
 
+# Cells that have a record are not run again. A sweep's seconds are worth something only where nothing else runs.
+sweeps: env  ## run the sweeps that the book reads, on real networks, and keep their records (2 hours; needs WDA_DATA)
+	@set -e; for name in table1-small kappa steps runtime scaling; do $(BIN)/wda sweep $$name; \
+	  mkdir -p data/results/sweep/$$name; cp results/$$name/records/*.json data/results/sweep/$$name; done
+
 kills: env  ## kill a sweep of 48 cells 22 times, go on each time, and record that nothing is lost or run twice (30 minutes; needs WDA_DATA)
 	$(BIN)/python workflow/kills.py local --kills 22
 
 slurm: env  ## run a sweep here and through a Slurm of one node, as root, and record both (needs Debian or Ubuntu)
 	workflow/slurm-node.sh
-	$(BIN)/python workflow/slurm.py
+	$(BIN)/python workflow/slurm.py local
+
+cost: env  ## count what Table 1 would cost on this device (2 minutes; with a GPU: workflow/cost.py --device cuda)
+	$(BIN)/python workflow/cost.py
 
 benchmarks: env  ## time the package against yardsticks in the same run
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
@@ -77,6 +90,7 @@ models: env  ## train the bundled models again (4 minutes) and compare their acc
 	$(BIN)/python workflow/train_models.py --check
 
 notebooks: env  ## rerun notebooks/ in place: stored outputs and .py twins
+	@rm -rf $(RESUMED)
 	$(BIN)/jupytext --sync notebooks/*.ipynb
 	$(BIN)/python workflow/notebooks.py notebooks/*.ipynb
 
@@ -113,5 +127,5 @@ $(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/uv
 # build's, forget the executed cells and the parsed pages.
 _build/inputs: FORCE
 	@mkdir -p _build
-	@find wda data book/_static requirements.lock -type f ! -path '*/__pycache__/*' -exec cksum {} + | LC_ALL=C sort > $@.new
+	@find wda data book/_static notebooks/example_model.* requirements.lock -type f ! -path '*/__pycache__/*' -exec cksum {} + | LC_ALL=C sort > $@.new
 	@if cmp -s $@ $@.new; then rm $@.new; else rm -rf _build/.jupyter_cache _build/.doctrees && mv $@.new $@; fi

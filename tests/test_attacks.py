@@ -146,7 +146,7 @@ def test_a_proposal_that_is_not_followed_may_still_be_the_best_point() -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[nn.Module, Tensor, Tensor]:
-    x, y = wda.data.load("digits", n=40)
+    x, y = wda.data.load("digits", n=20)
     return wda.models.load("digits-mlp").double(), x.double(), y
 
 

@@ -435,6 +435,7 @@ def test_the_extra_is_named_where_the_package_is_missing(method: str, monkeypatc
         attack(method, model, x, y, point_wise("L2", 1.0, BOX))
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_an_interrupted_ensemble_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = wda.data.load("digits", n=4)
     model, threat, state = wda.models.load("digits-mlp"), Threat("Linf", 0.1, "inf"), tmp_path / "run.npz"

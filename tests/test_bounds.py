@@ -97,32 +97,31 @@ def attacked(
 
 
 def escape(net: Net, name: str, box: tuple[float, float] | None, radius: float, seed: int) -> float:
-    """By how much sampled or attacked points leave any of the bounds: of all values, of pre-activations, of margins."""
+    """By how much sampled or attacked points leave any of the bounds: of all values, by two methods, and of margins."""
     torch.manual_seed(seed)
     centre = torch.rand(2, *net.shape, dtype=torch.float64)
     rows = margins(net, list(itertools.permutations(range(3), 2)))
     reach = radius * torch.ones(1, 1, 1, 1, dtype=torch.float64)
     intervals = propagation.interval(net, centre - reach, centre + reach)
-    seen = propagation.preactivations(net, centre, radius, name, box)
     relaxed = propagation.relax(net, centre, radius, name, box)
+    place = pooling.without_pooling(net)[1]
     sides = [(relaxed.least(rows, steps), -relaxed.least(-rows, steps)) for steps in (0, 3)]
     worst = -math.inf
     for k in range(2):
         found = attacked(net, rows, centre[k : k + 1], radius, name, box)
         points = torch.cat([points_in(centre[k : k + 1], radius, name, box, 2000), found])
         values = net.values(points)
-        known = [(a[k : k + 1], b[k : k + 1], v) for (a, b), v in zip(intervals, values, strict=True)]
-        known += [(a[k], b[k], z) for (a, b), z in zip(seen, net.preactivations(points), strict=True)]
+        known = [(a[k], b[k], v) for (a, b), v in zip(intervals, values, strict=True)]
+        known += [(*(side[k] for side in relaxed.bounds[i]), v) for i, v in zip(place, values, strict=True)]
         known += [(low[k], high[k], values[-1] @ rows.T) for low, high in sides]
         worst = max(worst, *(float(torch.maximum(a - v, v - b).max()) for a, b, v in known))
     return worst
 
 
-@pytest.mark.parametrize("box", [None, (0.0, 1.0)])
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_no_point_leaves_the_bounds(kind: str, name: str, box: tuple[float, float] | None) -> None:
-    for seed, radius in enumerate((0.1, 2.0)):
+def test_no_point_leaves_the_bounds(kind: str, name: str) -> None:
+    for seed, (box, radius) in enumerate([(None, 2.0), ((0.0, 1.0), 0.1), ((0.0, 1.0), 2.0)]):
         assert escape(network(kind, seed), name, box, radius, seed) <= 0
 
 
@@ -137,7 +136,7 @@ def test_a_wrong_line_is_caught_by_the_same_check(kind: str, flaw: str, monkeypa
             return line._replace(**{flaw: getattr(line, flaw) * (3 if flaw == "lower" else 0.5)})
 
         monkeypatch.setattr(propagation, lines, wrong)
-    assert max(escape(network(kind, seed), "Linf", None, 0.3, seed) for seed in range(6)) > 1e-3
+    assert any(escape(network(kind, seed), "Linf", None, 0.3, seed) > 1e-3 for seed in range(6))
 
 
 def coupled(factor: float, seed: int) -> Net:
@@ -175,15 +174,13 @@ def test_optimised_slopes_are_never_worse(kind: str, name: str) -> None:
         centre, rows = torch.rand(3, *net.shape, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
         radius = torch.tensor([0.0, 0.3, 3.0])
         relaxed = propagation.relax(net, centre, radius, name, box)
-        low = torch.stack([relaxed.least(rows, steps) for steps in (0, 1, 8)])
-        high = -torch.stack([relaxed.least(-rows, steps) for steps in (0, 1, 8)])
+        low = torch.stack([relaxed.least(rows, steps) for steps in (0, 1, 5)])
+        high = -torch.stack([relaxed.least(-rows, steps) for steps in (0, 1, 5)])
         assert (low.diff(dim=0) >= 0).all()
         assert (high.diff(dim=0) <= 0).all()
-        for steps, at in ((0, 0), (8, 2)):  # `linear` gives the same
-            for side, other in zip(
-                propagation.linear(net, rows, centre, radius, name, box, steps=steps), (low, high), strict=True
-            ):
-                torch.testing.assert_close(side, other[at])
+        steps, at = ((0, 0), (5, 2))[seed]  # `linear` gives the same
+        both = propagation.linear(net, rows, centre, radius, name, box, steps=steps)
+        torch.testing.assert_close(both, (low[at], high[at]))
         better.append(float((low[-1] - low[0]).sum()))
     has_relu = any(node.activation == "relu" for node in pooling.without_pooling(net)[0].nodes)
     assert (max(better) > 1e-3) == has_relu
@@ -383,23 +380,25 @@ def test_slopes_of_activations(layer: nn.Module, low: float, high: float) -> Non
 @pytest.mark.parametrize(
     "layer", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Softplus(), nn.Softplus(beta=1e-6), nn.Sigmoid()], ids=str
 )
-@pytest.mark.parametrize("far", [1e3, 1e12, 1e20, 1e160])
-def test_activations_over_wide_ranges(layer: nn.Module, far: float) -> None:
+def test_activations_over_wide_ranges(layer: nn.Module) -> None:
     """The lines lie around the curve, close to it at the ends and in the middle; derivatives are at their limits."""
     net = from_module(nn.Sequential(nn.Flatten(), layer), (1,))
-    inside = torch.linspace(-60, 60, 2401, dtype=torch.float64)
-    for low, high in [(-far, far), (far / 2, far), (-far, -far / 2), (1.0, far), (-far, 1.0)]:
-        ends = [torch.full((1, 1), end, dtype=torch.float64) for end in (low, high)]
-        lines = activations.bent_lines(net.activations[0], *ends)
-        x = torch.cat([torch.linspace(0, 1, 1001).double() * (high - low) + low, inside, 1e6 * inside]).clamp(low, high)
+    inside = torch.linspace(-60, 60, 2401, dtype=torch.float64).expand(5, -1)
+    for far in (1e3, 1e12, 1e20, 1e160):
+        ranges = [(-far, far), (far / 2, far), (-far, -far / 2), (1.0, far), (-far, 1.0)]
+        low, high = torch.tensor(ranges, dtype=torch.float64).T[..., None]
+        lines = activations.bent_lines(net.activations[0], low, high)
+        across = torch.linspace(0, 1, 1001).double() * (high - low) + low
+        x = torch.cat([across, inside, 1e6 * inside], 1).clamp(low, high)
         below, above = lines.lower * x + lines.lower_offset, lines.upper * x + lines.upper_offset
         rounding = 1e-12 * (1 + x.abs() * (lines.lower.abs() + lines.upper.abs()))
         assert (below <= layer(x) + rounding).all()
         assert (layer(x) <= above + rounding).all()
         assert float((above - below).max()) <= 1.2 * far
-        least, largest = (float(side) for side in propagation.slopes(net, [tuple(ends)])[0])
+        least, largest = propagation.slopes(net, [(low, high)])[0]
         slope = activations.derivative(layer, x)
-        assert least - 1e-12 <= float(slope.min()) <= float(slope.max()) <= largest + 1e-12
+        assert (slope >= least - 1e-12).all()
+        assert (slope <= largest + 1e-12).all()
 
 
 def steepest(net: Net, name: str, pairs: list[tuple[int, int]], points: Tensor) -> Tensor:
@@ -416,14 +415,15 @@ def test_lipschitz_bounds_hold_at_sampled_points(kind: str, name: str) -> None:
         net = network(kind, seed)
         points = torch.randn(500, 1, 4, 4, dtype=torch.float64) * torch.logspace(-1, 2, 500)[:, None, None, None]
         everywhere = steepest(net, name, pairs, points)
-        assert (bounds.lipschitz_upper(net, name, pairs) >= everywhere / SLACK).all()
+        whole = bounds.lipschitz_upper(net, name, pairs)
+        assert (whole >= everywhere / SLACK).all()
         assert (gains.product(net, name, pairs) >= everywhere / SLACK).all()
         assert (propagation.gradient(net, name, pairs, propagation.slopes(net)) >= everywhere / SLACK).all()
         for box in ((0.0, 1.0), (0.4, 0.5)):
             inside = box[0] + (box[1] - box[0]) * torch.rand(500, 1, 4, 4, dtype=torch.float64)
             upper = bounds.lipschitz_upper(net, name, pairs, box)
             assert (upper >= steepest(net, name, pairs, inside) / SLACK).all()
-            assert (upper <= bounds.lipschitz_upper(net, name, pairs) * SLACK).all()
+            assert (upper <= whole * SLACK).all()
 
 
 def small(seed: int, depth: int, classes: int, bias: bool = True) -> Net:
@@ -487,11 +487,11 @@ def growth_in_the_plane(net: Net, name: str, row: Tensor) -> float:
     """The largest value of a row of the logits over the unit ball of the plane, from a grid refined around its best."""
     low, high = 0.0, 2 * math.pi
     for _ in range(3):
-        angles = torch.linspace(low, high, 20_001, dtype=torch.float64)  # first with the corners of both squares
+        angles = torch.linspace(low, high, 4_001, dtype=torch.float64)  # first with the corners of both squares
         circle = torch.stack([angles.cos(), angles.sin()], dim=1)
         values = net(circle / norm(circle, name)[:, None]) @ row
         best = float(angles[values.argmax()])
-        low, high = best - (high - low) / 10_000, best + (high - low) / 10_000
+        low, high = best - (high - low) / 2_000, best + (high - low) / 2_000
     return max(0.0, float(values.max()))
 
 
@@ -499,7 +499,7 @@ def growth_in_the_plane(net: Net, name: str, row: Tensor) -> float:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_growth_along_rays_in_the_plane(name: str, depth: int) -> None:
     pairs = list(itertools.permutations(range(3), 2))
-    for seed in range(5):
+    for seed in range(3):
         net = small(seed, depth, 3)
         lower, directions = bounds.recession_lower(net, name, pairs)
         upper = bounds.recession_upper(net, name, pairs)

@@ -43,7 +43,7 @@ def test_a_generic_central_arrangement_has_twice_the_cells_below(n: int, m: int)
 
 @pytest.mark.parametrize("widths", [(2, 6, 2), (2, 5, 5, 3), (3, 4, 4, 2), (2, 4, 3, 4, 2), (1, 5, 5, 2)])
 @pytest.mark.parametrize("box", [None, (-1.0, 1.0), (0.25, 0.75)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_cell_has_an_inside_and_none_is_missed(widths: tuple, box: tuple | None, seed: int) -> None:
     net = nets.from_module(random_net(*widths, seed=seed))
     listed = cells.enumerate(net, box)

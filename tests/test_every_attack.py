@@ -24,6 +24,7 @@ from wda.passes import Oracle
 
 ALL = attacks.available()
 NORMS = ("Linf", "L2", "L1")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BUDGETED = ("wfgsm", "wpgd")  # move the whole sample within the W_p ball, p > 1
 COUPLED = ("autoattack", "a3", "a3++", *BUDGETED)  # what happens to a sample may depend on the others
 KAPPA_IS_ONE = (*METHODS, *BUDGETED)
@@ -108,12 +109,20 @@ def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
 
 @each_attack
 @each_norm
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_distribution_lies_in_its_ball(method: str, name: str, dtype: torch.dtype) -> None:
+    """Three balls for each norm and dtype, other ones for the next."""
     moved = 0
-    for k, (eps, order, box) in enumerate(
-        [(1e-3, 1, (0, 1)), ("8/255", 1.5, (-0.1, 1.3)), (0.4, 2, None), (0.1, math.inf, (0, 1)), (0.7, 40, (0, 1.2))]
-    ):
+    balls = [
+        (1e-3, 1, (0, 1)),
+        ("128/255", 1.5, (-0.1, 1.3)),
+        (0.4, 2, None),
+        (0.1, math.inf, (0, 1)),
+        (0.7, 40, (0, 1.2)),
+    ]
+    for k, (eps, order, box) in enumerate(balls):
+        if (k + DTYPES.index(dtype) + NORMS.index(name)) % 5 > 2:
+            continue
         if (order == 1 and method in BUDGETED) or (box is None and method in NEEDS_A_BOX):
             continue
         model, x, y = network(classes=3 + k % 3, seed=k, dtype=dtype, n=4)
@@ -214,11 +223,11 @@ def test_neither_the_batch_size_nor_the_order_of_the_samples_matters(
     method: str, name: str, dtype: torch.dtype, linear: type
 ) -> None:
     """But A3 learns from one sample for the next, and AutoAttack's package draws for a batch."""
-    model, x, y = network(dtype=dtype, linear=linear, n=18)
+    model, x, y = network(dtype=dtype, linear=linear, n=7)
     reference = fate(method, model, x, y, name)
     assert reference.any()
     if method != "autoattack":
-        for batch_size in (1, 17):
+        for batch_size in (1, 6):
             other = fate(method, model, x, y, name, batch_size=batch_size)
             torch.testing.assert_close(other, reference, rtol=0, atol=TIE)
     if method not in COUPLED or method in BUDGETED:
@@ -355,9 +364,9 @@ def test_nothing_is_printed(method: str, capfd: pytest.CaptureFixture[str]) -> N
 
 @each_attack
 @each_norm
-@pytest.mark.parametrize(("batch_size", "autocast"), [(7, False), (256, False), (17, True)])
+@pytest.mark.parametrize(("batch_size", "autocast"), [(4, False), (256, False), (9, True)])
 def test_the_model_sees_the_passes_that_are_counted(method: str, name: str, batch_size: int, autocast: bool) -> None:
-    model, x, y = network(dtype=torch.float32)
+    model, x, y = network(dtype=torch.float32, n=10)
     spy = Spy(model)
     adv = run(method, spy, x, y, ball(method, name), batch_size=batch_size, autocast=autocast)
     assert adv.audit() <= 0.1
@@ -399,7 +408,7 @@ OUT_OF_MEMORY = [
 def test_where_memory_runs_out_batches_become_smaller(
     method: str, error: type[RuntimeError], message: str, backward: bool
 ) -> None:
-    model, x, y = network()
+    model, x, y = network(n=10)
     cramped = Cramped(model, 3, error, message, backward)
     adv = run(method, cramped, x, y)
     if method != "autoattack":  # whose package draws for a batch
@@ -707,7 +716,7 @@ def test_without_a_box_autoattacks_methods_are_an_error(method: str) -> None:
 
 @each_method
 @each_norm
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("box", [(0.0, 1.0), (-0.1, 1.3)], ids=str)
 def test_a_distance_is_that_of_an_error(method: str, name: str, dtype: torch.dtype, box: tuple[float, float]) -> None:
     model, x, y = network(n=40, seed=3, dtype=dtype)

@@ -62,3 +62,43 @@ def test_distances_found_in_bfloat16_are_those_of_full_precision() -> None:
 def test_autocast_is_a_flag() -> None:
     with pytest.raises(TypeError, match="autocast=1"):
         wda.distances(nn.Linear(2, 2), torch.rand(2, 2), torch.tensor([0, 1]), autocast=1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=lambda error: str(error)[:20],
+)
+def test_every_way_to_run_out_of_memory_halves_the_batch(error: RuntimeError) -> None:
+    def model(x: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise error
+        return torch.cat([x, -x], 1)
+
+    x = torch.randn(9, 1)
+    with Oracle(model, batch_size=8) as oracle:
+        torch.testing.assert_close(oracle.logits(x), torch.cat([x, -x], 1))
+    assert oracle.counts(9, 0.0).batch == oracle.batch_size == 2
+
+
+def test_another_error_of_the_model_does_not() -> None:
+    def model(x: Tensor) -> Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), Oracle(model, batch_size=8) as oracle:
+        oracle.logits(torch.randn(9, 1))
+    assert oracle.batch_size == 8
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "wda", "closest"])
+def test_nan_at_the_first_sample_is_no_obstacle(attack: str) -> None:
+    x, y = torch.rand(6, 2), torch.zeros(6, dtype=torch.int64)
+    x[0] = 0
+    with pytest.warns(wda.Untrustworthy, match=r"at 1 of 6 samples \(0\)"):
+        adv = wda.attack(attack, lambda x: torch.cat([x[:, :1].log(), x[:, 1:]], 1), x, y, wda.Threat("L2", 0.1))
+    assert (adv.x_adv[0] == 0).all()

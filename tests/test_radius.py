@@ -78,10 +78,9 @@ def sampled(net: nets.Net, x: Tensor, y: Tensor, reach: Tensor, name: str, box: 
 
 @each_norm
 @each_box
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("classes", "seed"), [(2, 0), (10, 3)])
+@pytest.mark.parametrize(("classes", "seed", "dtype"), [(2, 0, torch.float64), (10, 3, torch.float32)], ids=str)
 def test_of_affine_models_it_is_the_distance(
-    name: str, box: tuple[float, float] | None, dtype: torch.dtype, classes: int, seed: int
+    name: str, box: tuple[float, float] | None, classes: int, seed: int, dtype: torch.dtype
 ) -> None:
     model, x, y = affine(classes, seed, dtype)
     exact = nearest_boundary(model, x, y, name, box)
@@ -104,19 +103,20 @@ def test_of_affine_models_it_is_the_distance(
 @pytest.mark.parametrize("seed", [0, 1, 4])
 def test_no_certificate_goes_beyond_the_distance_and_each_method_is_better_than_the_last(name: str, seed: int) -> None:
     model, x, y = small(seed)
+    x, y = x[:5], y[:5]
     exact, found = exact_distances(model, x, y, name), wda.distances(model, x, y, name, progress=False).distance
     reached = exact.isfinite()
     assert reached.any()
     mean = {}
     for method in ("lipschitz", "interval", "linear", "optimised", "milp"):
-        certified = radius(model, x, y, name, method=method, tolerance=1e-3, progress=False)
+        certified = radius(model, x, y, name, method=method, tolerance=1e-2, progress=False)
         # the yardstick's own programs are solved to 1e-7
         assert (certified <= exact + 1e-6).all(), method
         assert (certified <= found).all(), method
         mean[method] = certified[reached].mean()
-    assert mean["interval"] <= mean["linear"] * 1.001
-    assert mean["linear"] <= mean["optimised"] * 1.001
-    assert mean["optimised"] <= mean["milp"] * 1.001
+    assert mean["interval"] <= mean["linear"] * 1.01
+    assert mean["linear"] <= mean["optimised"] * 1.01
+    assert mean["optimised"] <= mean["milp"] * 1.01
     assert mean["lipschitz"] <= mean["milp"]
     assert float(mean["milp"]) == pytest.approx(float(exact[reached].mean()), rel=1e-4)
 
@@ -140,10 +140,10 @@ def test_no_point_of_a_certified_ball_is_an_error_whatever_the_layers(name: str)
 @each_norm
 @pytest.mark.parametrize("model", ["digits-mlp", "digits-cnn-adv", "digits-gelu"])
 def test_bundled_models_have_no_error_within_the_radius(model: str, name: str) -> None:
-    x, y = wda.data.load("digits", n=6)
+    x, y = wda.data.load("digits", n=4)
     network = wda.models.load(model)
     found = wda.distances(network, x, y, name, steps=20, restarts=2, progress=False).distance
-    certified = radius(network, x, y, name, method="linear", upper=found, tolerance=0.05)
+    certified = radius(network, x, y, name, method="linear", upper=found, tolerance=0.1)
     assert torch.equal(certified == 0, found == 0)
     assert (certified <= found).all()
     assert (certified[found > 0] > 0.1 * found[found > 0]).all()
@@ -235,12 +235,12 @@ def test_neither_the_batch_size_nor_the_order_of_the_samples_matters(name: str, 
     model, x, y = small(1)
     x, y = x[:5], y[:5]
     y[2] = (y[2] + 1) % 3
-    reference = radius(model, x, y, name, method=method, tolerance=0.05)
+    reference = radius(model, x, y, name, method=method, tolerance=0.2)
     assert reference[2] == 0
-    again = radius(model, x, y, name, method=method, tolerance=0.05, batch_size=2)
+    again = radius(model, x, y, name, method=method, tolerance=0.2, batch_size=2)
     torch.testing.assert_close(again, reference, rtol=1e-7, atol=0)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
-    shuffled = radius(model, x[order], y[order], name, method=method, tolerance=0.05, batch_size=1)
+    shuffled = radius(model, x[order], y[order], name, method=method, tolerance=0.2, batch_size=1)
     torch.testing.assert_close(shuffled, reference[order], rtol=1e-7, atol=0)
 
 
@@ -252,7 +252,7 @@ def test_the_function_is_that_of_the_weights_in_double_precision_and_the_model_s
     model[0].branch[1].running_mean.normal_()
     x = torch.rand(2, 2, 4, 4).requires_grad_()
     y = model.eval()(x).argmax(1).int()
-    fast = {"method": "linear", "tolerance": 0.2}
+    fast = {"method": "linear", "tolerance": 0.5}
     reference = {name: radius(model, x, y, name, **fast) for name in NORMS}
     assert all((certified > 0).all() for certified in reference.values())
 
@@ -322,16 +322,17 @@ def test_margins_of_affine_models_are_bounded_by_their_largest_value(
 @each_norm
 def test_bounds_of_margins_grow_with_the_radius_and_hold(name: str) -> None:
     model, x, y = small(2)
+    x, y = x[:5], y[:5]
     radii = torch.tensor([0.0, 0.01, 0.03, 0.1, 0.3, 1.0])
     net = nets.from_module(model)
     linear, optimised, plain = (
         margin_bound(model, x, y, name, radii, method=m) for m in ("linear", "optimised", "interval")
     )
+    reaches = [torch.full((len(x),), reach, dtype=torch.float64) for reach in radii.tolist()]
+    seen = torch.stack([sampled(net, x, y, reach, name, (0.0, 1.0)) for reach in reaches], 1)
     for bound in (linear, optimised, plain):
         assert (bound.diff(dim=1) >= 0).all()
-        for j, reach in enumerate(radii.tolist()):
-            seen = sampled(net, x, y, torch.full((len(x),), reach, dtype=torch.float64), name, (0.0, 1.0))
-            assert (seen <= bound[:, j] + 1e-12).all()
+        assert (seen <= bound + 1e-12).all()
     assert (linear <= plain + 1e-9).all()
     assert optimised.mean() <= linear.mean() + 1e-9
     assert optimised.mean() < linear.mean()
@@ -408,6 +409,7 @@ def test_a_program_is_for_relu() -> None:
 @pytest.mark.parametrize("name", ["Linf", "L1"])
 def test_without_time_a_program_leaves_what_propagated_bounds_certify(name: str) -> None:
     model, x, y = small(0)
+    x, y = x[:4], y[:4]
     exact = exact_distances(model, x, y, name)
     hasty = radius(model, x, y, name, method="milp", time_limit=0)
     assert (hasty <= exact + 1e-6).all()

@@ -22,6 +22,8 @@ def test_table_is_that_of_the_records() -> None:
 
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    load = wda.data.load
+    monkeypatch.setattr(wda.data, "load", lambda name, n=60: load(name, n=n))  # a tenth of the images
     named, budgets, own, both, certificates = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(named, "README.md", "exec"), {})
     exec(compile(budgets, "README.md", "exec"), {})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import wda
 from wda import cli, experiment
-from wda.experiment import Cell, Sweep, load_sweep, merge, run_cell, within
+from wda.experiment import Cell, Sweep, engine, load_sweep, merge, run_cell, within
 
 BALL: dict[str, Any] = {"eps": 0.1, "order": 1}
 ONE_BY_ONE: list[dict[str, Any]] = [
@@ -142,6 +145,35 @@ def test_a_finished_cell_is_not_run_again_unless_asked(tmp_path: Path) -> None:
     assert len(journal(tmp_path)) == 4
 
 
+def test_a_record_of_another_model_under_the_same_name_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.pt"
+    (tmp_path / "stale_model.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def train(seed: int) -> None:
+        torch.manual_seed(seed)
+        torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).state_dict(), weights)
+
+    train(0)
+    cell = Cell(model=f"stale_model:make@{weights}", attack="fgsm", n=5, **BALL)
+    first = run_cell(cell, tmp_path / "out" / "records")
+    assert run_cell(cell, tmp_path / "out" / "records") == first
+    train(1)
+    with pytest.raises(ValueError, match="of another model of these names"):
+        run_cell(cell, tmp_path / "out" / "records")
+    grid = 'attack = "fgsm"\nn = 5\nnorm = "Linf"\neps = 0.1\norder = 1\n'
+    sweep_of(tmp_path, f'[[grid]]\nmodel = "{cell.model}"\n{grid}')
+    assert cli.main(["sweep", str(tmp_path / "mine.toml"), "-o", str(tmp_path / "out")]) == 2
+    assert "of another model of these names" in capsys.readouterr().err
+    assert run_cell(cell, tmp_path / "out" / "records", again=True) != first
+    weights.unlink()
+    assert run_cell(cell, tmp_path / "out" / "records")["parameters"]["model"] == cell.model, "it is still a record"
+
+
 def journal(folder: Path) -> list[str]:
     """What was started and ended, in turn."""
     return [line.split(maxsplit=1)[1] for line in (folder / "journal.txt").read_text().splitlines()]
@@ -162,13 +194,59 @@ def test_a_cell_that_fails_leaves_no_record(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=rf"{tmp_path}/\S+ cannot be written: No space left"):
         run_cell(Cell(attack="fgsm", n=5, **BALL), tmp_path)
     monkeypatch.undo()
     assert not list(tmp_path.glob("*.json"))
     with pytest.raises(wda.DataUnavailable, match="nobody"):
         run_cell(Cell(model="nobody", n=5), tmp_path)
     assert not list(tmp_path.glob("*.json"))
+
+
+CRAMPED = """
+import torch
+import wda
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = wda.models.load("digits-mlp")
+
+    def forward(self, x):
+        if len(x) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.inner(x)
+"""
+
+
+@pytest.mark.parametrize("chosen", [{"attack": "pgd", **BALL}, {"attack": "closest", "options": {"steps": 3}}])
+def test_a_cell_that_runs_out_of_memory_takes_smaller_batches_and_its_record_says_so(
+    chosen: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cramped.py").write_text(CRAMPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level("INFO", logger="wda"):
+        record = run_cell(Cell(model="cramped:Net", n=20, batch_size=16, **chosen), tmp_path)
+    assert "out of memory: batches of 4 rows from here on" in caplog.text
+    assert record["provenance"]["batch"] == 4
+    roomy = run_cell(Cell(n=20, batch_size=16, **chosen), tmp_path)
+    assert roomy["provenance"]["batch"] == roomy["parameters"]["batch_size"] == 16
+    close(record["samples"], roomy["samples"])
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(4e9, -1e6)
+    monkeypatch.setattr(time, "time", lambda: next(ticks))
+    right = time.gmtime
+    monkeypatch.setattr(time, "gmtime", lambda: right(next(ticks)))
+    cell = Cell(attack="fgsm", n=5, **BALL)
+    first = run_cell(cell, tmp_path)
+    assert first["passes"]["seconds"] >= 0
+    assert journal(tmp_path) == [f"start {cell.name}", f"end {cell.name}"]
+    for path in tmp_path.iterdir():
+        os.utime(path, (4e9, 4e9))  # in 2096
+    assert run_cell(cell, tmp_path) == first
+    assert len(journal(tmp_path)) == 2
 
 
 def test_shards_of_different_runs_do_not_merge(tmp_path: Path) -> None:
@@ -241,6 +319,12 @@ def test_table1_has_all_the_rows_of_the_paper() -> None:
         (SWEEP.replace("eps = [0.05, 0.1]", ""), "'eps' is missing"),
         (SWEEP.replace("kappa = [1, 2]", "kappa = 0.5"), "kappa=0.5"),
         (SWEEP + "shards = 3", "'shards'"),
+        (SWEEP.replace('"wda"', '"Wda"'), "attack='Wda'"),
+        (SWEEP.replace("n = 12", 'n = "12"'), "n='12': a whole number"),
+        (SWEEP.replace("order = 1", 'order = "two"', 1), "order='two'"),
+        (SWEEP.replace("[0.05, 0.1]", '"abc"'), "eps='abc'"),
+        (SWEEP.replace('["digits-mlp", "digits-cnn"]', "[]"), "no cell is defined"),
+        ("grid = []", "no cell is defined"),
     ],
 )
 def test_a_bad_sweep_is_refused(text: str, words: str, tmp_path: Path) -> None:
@@ -248,9 +332,41 @@ def test_a_bad_sweep_is_refused(text: str, words: str, tmp_path: Path) -> None:
         sweep_of(tmp_path, text)
 
 
-def test_an_unknown_sweep_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["sweep", "tabel1"]) == 2
-    assert "sweep='tabel1': kappa, local, runtime" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SWEEP.replace('"for tests"', "5"), "about=5: text is accepted"),
+        (SWEEP.replace('["kappa", "passes", "steps"]', '"kappa"'), "figures='kappa': a list of names is accepted"),
+        ("common = 3\ngrid = []", "common=3: one table"),
+        ("grid = 3", "grid=3: tables"),
+        ("grid = [3]", r"grid=\[3\]: tables"),
+        (SWEEP.replace("[[grid]]", "[grid]"), "tables .* is accepted"),
+        ("[[grid]]\nattack = 3", "attack=3: a name, or a table"),
+        (SWEEP.replace('["digits-mlp", "digits-cnn"]', "3"), "model=3: a name is accepted"),
+        (SWEEP.replace("[0.05, 0.1]", "true"), "eps=True"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        sweep_of(tmp_path, text)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert cli.main(["sweep", str(path)]) == 2
+    assert f"wda sweep: {path}: 'utf-8' codec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sweep", "table"])
+@pytest.mark.parametrize(
+    ("name", "said"), [("tabel1", "is 'table1' meant? "), ("kapa", "is 'kappa' meant? "), ("nothing", "")]
+)
+def test_an_unknown_sweep_names_the_nearest_and_those_there_are(
+    name: str, said: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, name]) == 2
+    assert f"sweep='{name}': {said}kappa, local, runtime" in capsys.readouterr().err
 
 
 def test_the_same_records_give_the_same_tables_whole_or_in_shards(tmp_path: Path) -> None:
@@ -324,6 +440,37 @@ def test_bad_words_of_a_sweep_are_named(
     sweep_of(tmp_path)
     assert cli.main(["sweep", "mine.toml", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_sweep_goes_by_its_records_whatever_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that Snakemake compares is dated later than what it makes, as where a clock has been set back."""
+    prepare = engine._prepare
+
+    def dated(folder: Path, *rest: Any) -> None:
+        prepare(folder, *rest)
+        for path in (folder / ".state").rglob("*"):
+            os.utime(path, (4e9, 4e9))
+
+    monkeypatch.setattr(engine, "_prepare", dated)
+    grid = 'n = 10\ndata = "digits"\nmodel = "digits-mlp"\nnorm = "Linf"\neps = 0.1\norder = 1\nattack = "fgsm"\n'
+    sweep, told = sweep_of(tmp_path, f"[[grid]]\n{grid}"), list[str]()
+    assert experiment.run_sweep(sweep, tmp_path / "out", say=told.append) == []
+    assert told[0] == "mine: 1 of 1 cells to run"
+    assert re.fullmatch(r"1/1 done, \d+ s, about 0 s left", told[1])
+    for path in (tmp_path / "out").rglob("*"):
+        os.utime(path, (1, 1))
+    assert experiment.run_sweep(sweep, tmp_path / "out", say=told.append) == []
+    assert told[2:] == ["mine: 0 of 1 cells to run"]
+
+
+def test_a_full_disk_is_said_where_no_log_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried on a real one: then a notebook is empty, and the log ends in the middle of a traceback."""
+    (tmp_path / "snakemake.log").write_text("something else\n")
+    cell = Cell(attack="fgsm", n=5, **BALL)
+    assert engine._failure(tmp_path, cell).error == "something else"
+    usage = shutil.disk_usage(tmp_path)._replace(free=4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert engine._failure(tmp_path, cell).error == f"no space is left on the disk of {tmp_path}"
 
 
 KILLED = """

@@ -292,11 +292,22 @@ def _notebook_told(path: Path) -> str:
     if lacking:
         raise DataUnavailable(f"needs {', '.join(lacking)}: pip install 'wda[notebooks]'")
     needs = []
-    for parameter, load in (("data", data.load), ("model", models.load)):
-        for name in dict.fromkeys([*_texts(defaults.get(parameter)), *_texts(defaults.get(f"{parameter}s"))]):
-            load(name)
-            needs.append(name)
+    with _modules_of(path.parent):
+        for parameter, load in (("data", data.load), ("model", models.load)):
+            for name in dict.fromkeys([*_texts(defaults.get(parameter)), *_texts(defaults.get(f"{parameter}s"))]):
+                load(name)
+                needs.append(name)
     return f"can run; its defaults need {', '.join(needs) or 'nothing'}"
+
+
+@contextlib.contextmanager
+def _modules_of(folder: Path) -> Iterator[None]:
+    """Import modules from a folder too, as a notebook in it does."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _imports(tree: ast.AST) -> set[str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from wda.threat import radius_text
 
@@ -26,6 +29,7 @@ __all__ = [
     "accuracy_over_passes",
     "accuracy_over_steps",
     "bracket_curves",
+    "seconds_over_samples",
     "tuning_curves",
 ]
 
@@ -150,7 +154,9 @@ def bracket_curves(
 
 
 def accuracy_over_steps(results: pd.DataFrame) -> Figure:
-    """Accuracy under "wda" as steps are added: a panel for each model, a line for each step size.
+    """Accuracy under "wda" as steps are added: a panel for each model, norm and radius, a line for each step size.
+
+    The dotted line is the accuracy on the sample. Each panel has its own scale, which need not begin at 0.
 
     Parameters
     ----------
@@ -174,16 +180,22 @@ def accuracy_over_steps(results: pd.DataFrame) -> Figure:
     if runs.empty:
         raise ValueError("results has no record of the attack 'wda'")
     runs = runs.assign(steps=runs.options.str["steps"], size=[_size(chosen) for chosen in runs.options])
-    figure, panels = _panels(runs.model.nunique())
-    for panel, (model, of_model) in zip(panels, runs.groupby("model", sort=False), strict=True):
+    groups = list(runs.groupby(["model", "norm", "eps"], sort=False))
+    figure, panels = _panels(len(groups), sharey=False)
+    for panel, ((model, norm, eps), of_model) in zip(panels, groups, strict=True):
         looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
         for (size, line), (colour, marker) in zip(of_model.groupby("size", sort=False), looks, strict=False):
             line = line.sort_values("steps")
             panel.plot(line.steps, 100 * line.accuracy, color=colour, marker=marker, label=size)
-        panel.set_title(model, fontsize="medium")
+        panel.axhline(100 * of_model.clean_accuracy.iloc[0], color="black", linestyle=":", linewidth=1)
+        panel.set_title(f"{model}\n{norm} {radius_text(eps)}", fontsize="medium")
         panel.set_xscale("log")
+        counts = sorted(of_model.steps.unique())
+        panel.set_xticks(counts, labels=map(str, counts))
+        panel.minorticks_off()
         panel.set_xlabel("steps")
-        panel.legend(fontsize="small", title="step size")
+        panel.legend(fontsize="small", title="step size", loc="upper left", bbox_to_anchor=(1, 1))
+    panels[0].set_ylabel("accuracy (%)")
     return figure
 
 
@@ -194,6 +206,8 @@ def _size(chosen: dict[str, float | None]) -> str:
 
 def accuracy_over_passes(results: pd.DataFrame) -> Figure:
     """What each attack finds over what it costs: a panel for each model, norm and radius, a point for each attack.
+
+    Each panel has its own scale, which need not begin at 0.
 
     Parameters
     ----------
@@ -215,30 +229,91 @@ def accuracy_over_passes(results: pd.DataFrame) -> Figure:
     ]
     results = results.assign(name=names, threat="W" + results.order.str.removesuffix(".0"))
     looks = dict(zip(results.threat.unique(), itertools.cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
-    figure, panels = _panels(len(groups))
+    figure, panels = _panels(len(groups), sharey=False)
+    panels[0].set_ylabel("accuracy (%)")
     for panel, ((model, norm, eps), of_model) in zip(panels, groups, strict=True):
         for threat, points in results.loc[of_model.index].groupby("threat", sort=False):
             colour, marker = looks[threat]
             passes = points.forward + points.backward
             panel.plot(passes, 100 * points.accuracy, color=colour, marker=marker, linestyle="", label=threat)
-            for name, x, y in zip(points.name, passes, 100 * points.accuracy, strict=True):
-                panel.annotate(name, (x, y), (3, 3), textcoords="offset points", fontsize="x-small")
-        panel.set_title(f"{model}\n{norm} {radius_text(eps)}", fontsize="medium")
+        _name_points(panel, results.loc[of_model.index])
+        only = f"{results.threat.iloc[0]} " if len(looks) == 1 else ""
+        panel.set_title(f"{model}\n{only}{norm} {radius_text(eps)}", fontsize="medium")
         panel.set_xscale("log")
-        panel.margins(x=0.2)
+        fewest, most = panel.get_xlim()
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3) if most / fewest < 100 else (1,)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
         panel.set_xlabel("passes per sample")
-        panel.legend(fontsize="small")
+        if not only:
+            panel.legend(fontsize="small")
     return figure
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, for accuracies in per cent."""
-    figure, panels = plt.subplots(
-        1, count, figsize=(1 + 3.6 * count, 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    panels[0][0].set_ylabel("accuracy (%)")
-    panels[0][0].set_ylim(0, 101)
-    return figure, list(panels[0])
+def _name_points(panel: Axes, points: pd.DataFrame) -> None:
+    """The names of points of accuracy over passes, in a column beside the panel, in the order of their heights."""
+    points = points.assign(passes=points.forward + points.backward, percent=100 * points.accuracy)
+    points = points.sort_values(["percent", "passes"], ascending=[True, False])
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high)
+    for row, height in zip(points.itertuples(), _apart((points.percent - low) / (high - low), 0.05), strict=True):
+        panel.annotate(
+            row.name,
+            (row.passes, row.percent),
+            xytext=(1.06, height),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 4},
+            fontsize="x-small",
+            va="center",
+        )
+
+
+def _apart(heights: Iterable[float], gap: float) -> list[float]:
+    """Sorted heights from 0 to 1 moved as little as need be, in least squares, until they are a gap apart.
+
+    Without the gaps that is isotonic regression, of which this is the max-min formula.
+    """
+    free = [height - gap * i for i, height in enumerate(heights)]
+    n, top = len(free), 1 - gap * (len(free) - 1)
+    kept = [max(min(fmean(free[j : k + 1]) for k in range(i, n)) for j in range(i + 1)) for i in range(n)]
+    return [min(max(height, 0.0), top) + gap * i for i, height in enumerate(kept)]
+
+
+def seconds_over_samples(results: pd.DataFrame) -> Figure:
+    """What each attack takes as the sample grows: a panel for each model, a line for each attack.
+
+    The legend has the slope of a least-squares line, the seconds per sample without what a call costs at any size;
+    but only where a line fits, with a correlation above 0.8. Other programs on the machine may be in its way, or an
+    attack whose calls cost the same for few samples as for more.
+
+    Parameters
+    ----------
+    results : DataFrame
+        From `wda.experiment.frame`, with a column `label` that names the attacks.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> what = {"model": "m", "label": "pgd"}
+    >>> figure = seconds_over_samples(pd.DataFrame([what | {"n": n, "seconds": 1 + 0.02 * n} for n in (50, 100)]))
+    >>> figure.axes[0].get_legend_handles_labels()[1]
+    ['pgd: 20 ms per sample']
+    """
+    figure, panels = _panels(results.model.nunique())
+    for panel, (model, of_model) in zip(panels, results.groupby("model", sort=False), strict=True):
+        looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
+        for (label, line), (colour, marker) in zip(of_model.groupby("label", sort=False), looks, strict=False):
+            line = line.sort_values("n")
+            if len(line) > 1 and np.corrcoef(line.n, line.seconds)[0, 1] > 0.8:
+                label += f": {1000 * np.polyfit(line.n, line.seconds, 1)[0]:.2g} ms per sample"
+            panel.plot(line.n, line.seconds, color=colour, marker=marker, label=label)
+        panel.set_title(model, fontsize="medium")
+        panel.set_xlim(left=0)
+        panel.set_xlabel("samples")
+        panel.legend(fontsize="small")
+    panels[0].set_ylabel("seconds")
+    panels[0].set_ylim(0, 1.05 * results.seconds.max())
+    return figure
 
 
 def tuning_curves(record: Mapping[str, Any]) -> Figure:
@@ -264,7 +339,7 @@ def tuning_curves(record: Mapping[str, Any]) -> Figure:
     epochs = [entry["epoch"] for entry in record["history"]]
     ball = f"$W_{{{float(record['parameters']['order']):g}}}$".replace("inf", r"\infty")
     names = {"clean": "clean", "pointwise": r"$W_\infty$ W-PGD-20", "distributional": f"{ball}, attack of the training"}
-    figure, (accuracies, slopes) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (accuracies, slopes) = _panels(2, sharey=False)
     for sample, style in (("test", "-"), ("validation", "--")):
         for (key, name), colour, marker in zip(names.items(), COLOURS, MARKERS, strict=False):
             line = [100 * entry[sample][key] for entry in record["history"]]
@@ -281,3 +356,11 @@ def tuning_curves(record: Mapping[str, Any]) -> Figure:
         if panel.get_lines():
             panel.legend(frameon=False, fontsize="small")
     return figure
+
+
+def _panels(count: int, sharey: bool = True) -> tuple[Figure, list[Axes]]:
+    """Panels side by side."""
+    figure, panels = plt.subplots(
+        1, count, figsize=(1 + 3.6 * count, 3.6), sharey=sharey, squeeze=False, layout="constrained"
+    )
+    return figure, list(panels[0])

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +51,8 @@ class Counts:
         was blind, not the model robust.
     seconds : float
         By the clock on the wall.
+    batch : int or None
+        So many rows the model took at a time in the end: fewer than asked for where memory ran out.
 
     Examples
     --------
@@ -65,6 +67,7 @@ class Counts:
     backward: float = 0.0
     vanished: float = 0.0
     seconds: float = 0.0
+    batch: int | None = field(default=None, compare=False, repr=False)
 
 
 class Oracle:
@@ -226,7 +229,7 @@ class Oracle:
         Counts(forward=1.0, backward=0.0, vanished=0.0, seconds=0.5)
         """
         vanished = self.vanished / self.backward if self.backward else 0.0
-        return Counts(self.forward / n, self.backward / n, vanished, seconds)
+        return Counts(self.forward / n, self.backward / n, vanished, seconds, self.batch_size)
 
     def in_batches(self, work: Callable[[slice], Result], rows: slice) -> list[Result]:
         """What `work` gives for batches that cover the rows from `rows.start` to `rows.stop`.
@@ -337,7 +340,7 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
     check_labels(y, once.shape[1])
     if once.isnan().any() and oracle.logits(oracle.to_model(x)).isnan().any(1).all():
         raise ValueError("model(x) has NaN or infinite logits at every sample")
-    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3 * float(once.abs().max()), equal_nan=True):
+    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3 * float(once.nan_to_num().abs().max()), equal_nan=True):
         distrust(
             "the model is random: two passes of one sample differ. Gradients of one draw say little about the next; "
             "average over draws inside the model"
@@ -381,8 +384,9 @@ def distrust(message: str) -> None:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is CUDA's error or that of the CPU's allocator, which has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether this is torch's error or one that has no type of its own: of the CPU's allocator, cuBLAS or cuDNN."""
+    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tensor:

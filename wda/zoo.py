@@ -29,7 +29,7 @@ from wda import weights
 from wda.data import data_folder
 from wda.errors import DataUnavailable
 
-__all__ = ["PREFIX", "fetch", "load", "package", "published", "weight_files"]
+__all__ = ["PREFIX", "fetch", "load", "package", "parts", "published", "tables", "weight_files"]
 
 PREFIX = "robustbench:"
 
@@ -119,7 +119,7 @@ def published() -> list[str]:
     """
     names: dict[str, None] = {}
     for table in ("wda_table1.csv", "wdat_table1_pretrained.csv"):
-        with (_tables() / table).open(newline="", encoding="utf-8") as file:
+        with (tables() / table).open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 names[f"{PREFIX}{row['dataset']}/{row['norm']}/{row['robustbench_id']}"] = None
     return list(names)
@@ -136,7 +136,7 @@ def weight_files(name: str) -> list[Path]:
     folder = data_folder()
     if folder is None:
         return []
-    path = folder / "robustbench" / f"{'/'.join(_parts(name))}.pt"
+    path = folder / "robustbench" / f"{'/'.join(parts(name))}.pt"
     return [path] if path.is_file() else sorted(path.parent.glob(f"{path.name}_m?.pt"))
 
 
@@ -183,17 +183,29 @@ class _Model:
         return [path.with_name(f"{path.name}_m{part}.pt") for part in range(len(self.sources))]
 
 
-def _parts(name: str) -> list[str]:
-    parts = name.removeprefix(PREFIX).split("/")
-    if not name.startswith(PREFIX) or len(parts) != 3 or not all(parts) or ".." in parts:
+def parts(name: str) -> list[str]:
+    """Data set, threat and id of a model's name.
+
+    Raises
+    ------
+    ValueError
+        It is no name of that form.
+
+    Examples
+    --------
+    >>> parts("robustbench:cifar10/Linf/Carmon2019Unlabeled")
+    ['cifar10', 'Linf', 'Carmon2019Unlabeled']
+    """
+    found = name.removeprefix(PREFIX).split("/")
+    if not name.startswith(PREFIX) or len(found) != 3 or not all(found) or ".." in found:
         raise ValueError(
             f"model={name!r}: '{PREFIX}DATA/THREAT/ID' is accepted, as in '{PREFIX}cifar10/Linf/Carmon2019Unlabeled'"
         )
-    return parts
+    return found
 
 
 def _known(name: str) -> _Model:
-    dataset, threat, identifier = _parts(name)
+    dataset, threat, identifier = parts(name)
     every = _index()
     source = every.get(f"{dataset}/{threat}/{identifier}")
     if source is None:
@@ -236,7 +248,7 @@ def _root(name: str) -> Path:
     if folder is None:
         raise DataUnavailable(
             f"model={name!r}: set the variable WDA_DATA to a folder; its weights are looked for there, as "
-            f"robustbench/{'/'.join(_parts(name))}.pt, and `wda fetch {name}` fetches them"
+            f"robustbench/{'/'.join(parts(name))}.pt, and `wda fetch {name}` fetches them"
         )
     return folder / "robustbench"
 
@@ -323,7 +335,13 @@ def _download(model: _Model, source: str, path: Path) -> None:
         os.replace(part, path)
 
 
-def _tables() -> Path:
-    """The papers' tables: inside an installed package, or in the checkout."""
+def tables() -> Path:
+    """The folder of the papers' tables: inside an installed package, or in the checkout.
+
+    Examples
+    --------
+    >>> (tables() / "wda_table1.csv").is_file()
+    True
+    """
     inside = Path(__file__).parent / "_published"
     return inside if inside.is_dir() else Path(__file__).parents[1] / "data" / "published"

@@ -3,10 +3,13 @@
 Needs the extra ``wda[notebooks]``, and ``wda[sweep]`` for sweeps.
 """
 
+from wda.experiment.ablations import ablations
 from wda.experiment.brackets import bracket_table, run_bracket
-from wda.experiment.cells import Cell, finished, run, run_cell
+from wda.experiment.cells import Cell, finished, load_inputs, run, run_cell
+from wda.experiment.doubts import doubts
 from wda.experiment.engine import Failure, run_sweep
 from wda.experiment.notebooks import check_parameters, partial, run_notebook
+from wda.experiment.published import Failed, beside_published, run_table1, table1
 from wda.experiment.records import frame, interval, merge, provenance, read, within
 from wda.experiment.sweeps import Sweep, load_sweep, results, sweeps, write_tables
 from wda.experiment.tables import costs, table
@@ -14,14 +17,19 @@ from wda.experiment.tuning import run_finetune, tuning_table
 
 __all__ = [
     "Cell",
+    "Failed",
     "Failure",
     "Sweep",
+    "ablations",
+    "beside_published",
     "bracket_table",
     "check_parameters",
     "costs",
+    "doubts",
     "finished",
     "frame",
     "interval",
+    "load_inputs",
     "load_sweep",
     "merge",
     "partial",
@@ -34,8 +42,10 @@ __all__ = [
     "run_finetune",
     "run_notebook",
     "run_sweep",
+    "run_table1",
     "sweeps",
     "table",
+    "table1",
     "tuning_table",
     "within",
     "write_tables",

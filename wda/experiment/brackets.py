@@ -120,6 +120,7 @@ def bracket_table(found: Bracket, eps: Sequence[float], confidence: float = 0.95
     Examples
     --------
     >>> import wda
+    >>> from wda.evaluate import Bracket
     >>> found = Bracket(wda.Threat("L2", 1.0), torch.tensor([0.0, 0.5]), torch.tensor([0.0, 1.0]))
     >>> bracket_table(found, [0.125])[["certified", "attacked", "width"]].round(3).values.tolist()[0]
     [25.0, 37.5, 12.5]

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from wda.attacks import attack, check_kappa, distances, kind, options
 from wda.checks import choice, whole
 from wda.data import load as load_data
+from wda.errors import DataUnavailable
 from wda.experiment.records import Record, file_name, load, outcome, provenance, samples, save, within
 from wda.files import check_writable
 from wda.models import load as load_model
 from wda.passes import Oracle, check_sample
 from wda.threat import Threat
 
-__all__ = ["Cell", "finished", "run", "run_cell"]
+__all__ = ["Cell", "check_inputs", "finished", "load_inputs", "run", "run_cell"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -178,7 +179,36 @@ class _Setting:
 def load_inputs(
     data: str, model: str, n: int | None, dtype: str, device: str
 ) -> tuple[Tensor, Tensor, nn.Module, dict[str, str]]:
-    """The sample, the model on its device, both in that precision, and the checksums of what they were loaded as."""
+    """The sample, the model on its device, both in that precision, and the checksums of what they were loaded as.
+
+    Parameters
+    ----------
+    data, model : str
+        Names for `wda.data.load` and `wda.models.load`.
+    n : int or None
+        Only the first n samples.
+    dtype : {"float32", "float64"}
+    device : str
+
+    Returns
+    -------
+    x, y : Tensor
+        On the CPU; batches of them go to the model's device.
+    model : nn.Module
+    sums : dict
+        ``data_sha256`` and ``model_sha256``.
+
+    Raises
+    ------
+    ValueError, TypeError, DataUnavailable
+        The message names the argument, its value and what is accepted.
+
+    Examples
+    --------
+    >>> x, y, net, sums = load_inputs("digits", "digits-mlp", 5, "float64", "cpu")
+    >>> net(x).dtype
+    torch.float64
+    """
     precision = _DTYPES[choice("dtype", dtype, _DTYPES)]
     x, y = load_data(data, n=n)
     y = check_sample(x, y, (0.0, 1.0))
@@ -209,13 +239,18 @@ def _measure(cell: Cell, at: _Setting) -> Record:
     rows = samples(at.clean, _logits(at.net, points, cell.batch_size), at.y, distance, at.first)
     parameters = {**at.about, "eps": cell.eps, "order": cell.order, "attack": cell.attack, "kappa": cell.kappa}
     parameters |= {"options": {**options(cell.attack), **cell.options}}
-    passes = {key: value if key == "seconds" else round(value, 8) for key, value in asdict(counts).items()}
+    passes = {key: round(getattr(counts, key), 8) for key in ("forward", "backward", "vanished")}
+    passes["seconds"] = counts.seconds
     record = {"parameters": parameters, **outcome(parameters, rows), "passes": passes, "samples": rows}
-    return {**record, "provenance": provenance(cell.device)}
+    # the batch that fitted, where memory was short a smaller one than the parameter
+    return {**record, "provenance": {**provenance(cell.device), "batch": counts.batch}}
 
 
 def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False) -> Record:
     """Run a cell and write its record, whole or not at all; one that is finished is only read.
+
+    Names can come to stand for other weights or other data: a record of what they stood for before is an error. Where
+    neither is at hand any more, the record is what there is.
 
     A second process that is given the same cell waits for the first. Every start and every end is a line in the file
     ``journal.txt`` of the folder.
@@ -231,7 +266,7 @@ def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False)
     Raises
     ------
     ValueError, TypeError, DataUnavailable, OSError
-        The message names the argument, its value and what is accepted.
+        The message names the argument, its value and what is accepted, or the record that is of another model.
 
     Examples
     --------
@@ -246,6 +281,7 @@ def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False)
     check_writable(folder / ".locks")
     with _alone(folder / ".locks" / cell.name):
         if not again and (done := finished(cell, folder)):
+            check_inputs(cell, done)
             return done
         _note(folder, "start", cell)
         record = _measure(cell, _Setting.of(cell))
@@ -269,6 +305,34 @@ def finished(cell: Cell, folder: str | os.PathLike[str]) -> Record | None:
     """
     path = Path(folder) / f"{cell.name}.json"
     return load(path) if path.is_file() else None
+
+
+def check_inputs(cell: Cell, record: Record) -> None:
+    """Nothing, where data and model of a cell are what they were when its record was made, or are not at hand.
+
+    Raises
+    ------
+    ValueError
+        They are others by now, under the same names.
+
+    Examples
+    --------
+    >>> check_inputs(Cell(n=5), {"parameters": {"data_sha256": "0", "model_sha256": "0"}})
+    Traceback (most recent call last):
+        ...
+    ValueError: the record 'digits_digits-mlp_Linf_closest_k1_n5_s0_float64' is of another data set and another model \
+of these names: run it again (again=True), or choose another folder
+    """
+    try:
+        *_, sums = load_inputs(cell.data, cell.model, cell.n, cell.dtype, "cpu")
+    except (DataUnavailable, ValueError):
+        return
+    called = {"data_sha256": "another data set", "model_sha256": "another model"}
+    if other := [what for key, what in called.items() if record["parameters"][key] != sums[key]]:
+        raise ValueError(
+            f"the record {cell.name!r} is of {' and '.join(other)} of these names: run it again (again=True), "
+            "or choose another folder"
+        )
 
 
 @contextlib.contextmanager
@@ -351,7 +415,7 @@ def run(
     """
     threat = Threat(norm, eps, order)
     pairs = _cells(attacks, kappas, threat.order)
-    chosen = _settings(attacks, settings)
+    chosen = check_settings(attacks, settings)
     shared: dict[str, Any] = {"data": data, "model": model, "norm": norm, "n": n, "seed": seed}
     shared |= {"batch_size": batch_size, "dtype": dtype, "device": device}
     ball: dict[str, Any] = {"eps": threat.eps, "order": threat.order}
@@ -390,7 +454,7 @@ def _cells(names: Sequence[str], kappas: Sequence[float], order: float) -> list[
     return [(name, kappa) for name in names for kappa in (checked if name == "wda" else [1.0])]
 
 
-def _settings(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def check_settings(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The options given for each attack; an error where there is no such attack or option among them."""
     accepted = "in a shell -p settings \"{'pgd': {'steps': 100}}\""
     if not isinstance(settings, Mapping) or not all(isinstance(given, Mapping) for given in settings.values()):

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from wda.checks import whole
-from wda.experiment.cells import Cell
+from wda.experiment.cells import Cell, check_inputs
 from wda.experiment.sweeps import Sweep, shipped, whole_record
 from wda.files import check_writable, write_atomically
+from wda.zoo import PREFIX
 
 __all__ = ["Failure", "run_sweep"]
 
@@ -152,7 +153,9 @@ def _parts(cell: Cell, records: Path, shards: int, again: bool) -> list[Cell]:
         for path in records.glob(f"{cell.name}_*of*.json"):
             path.unlink()
         (records / f"{cell.name}.json").unlink(missing_ok=True)
-    elif whole_record(cell, records):
+    elif record := whole_record(cell, records):
+        if cell.data.endswith(".npz") or (":" in cell.model and not cell.model.startswith(PREFIX)):
+            check_inputs(cell, record)  # of one's own, and so likely to change
         return []
     parts = [cell] if shards == 1 or cell.couples else cell.split(shards)
     return [part for part in parts if not (records / f"{part.name}.json").is_file()]
@@ -211,6 +214,11 @@ def _failure(folder: Path, cell: Cell) -> Failure:
         outputs = [o for part in json.loads(notebook.read_text())["cells"] for o in part.get("outputs", [])]
         if errors := [o for o in outputs if o["output_type"] == "error"]:
             return Failure(cell.name, f"{errors[0]['ename']}: {errors[0]['evalue']}", notebook)
+    if shutil.disk_usage(folder).free < _ROOM:
+        return Failure(cell.name, f"no space is left on the disk of {folder}", folder)
     log = text if text.is_file() and text.stat().st_size else folder / "snakemake.log"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it did not run"]
     return Failure(cell.name, lines[-1].strip(), log)
+
+
+_ROOM = 2**16  # bytes; where there are fewer, neither notebook nor log is whole

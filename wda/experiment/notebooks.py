@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ def run_notebook(path: str | os.PathLike[str], out: str | os.PathLike[str], **pa
     """Run a notebook with papermill, refusing a parameter that it does not declare.
 
     Papermill itself goes on with the defaults where a name is misspelt. What the notebook prints goes to the standard
-    error too, so that a long run is seen to move.
+    error too, so that a long run is seen to move. The notebook runs in the current folder, and imports modules from
+    there and from its own.
 
     Parameters
     ----------
@@ -53,10 +55,25 @@ def run_notebook(path: str | os.PathLike[str], out: str | os.PathLike[str], **pa
         raise type(error)(error.errno, f"output={str(out)!r}: {error.strerror}") from error
     # at its usual level the kernel warns of its own socket, and tells of its end when it is interrupted
     quiet = ["--log-level=CRITICAL"]
-    papermill.execute_notebook(
-        str(path), str(unfinished), parameters, log_output=True, stdout_file=sys.stderr, extra_arguments=quiet
-    )
+    with _modules_of(Path(path).resolve().parent):
+        papermill.execute_notebook(
+            str(path), str(unfinished), parameters, log_output=True, stdout_file=sys.stderr, extra_arguments=quiet
+        )
     unfinished.replace(out)
+
+
+@contextlib.contextmanager
+def _modules_of(folder: Path) -> Iterator[None]:
+    """Let kernels import modules from a folder too, after those from the current one and PYTHONPATH."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([before, str(folder)] if before else [str(folder)])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def partial(out: str | os.PathLike[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import tomllib
@@ -82,10 +83,10 @@ def sweeps() -> list[str]:
 def load_sweep(name: str) -> Sweep:
     """The sweep of that name, or of a file of one's own that ends in ``.toml``.
 
-    Such a file has the key ``about``, perhaps ``figures``, a list of "kappa", "steps" and "passes", and any number of
-    tables ``[[grid]]``. The keys of a grid are those of `Cell`, and every list of values stands for each of them in
-    turn: a grid is a product. ``attack`` is a list of names, or of tables that have, beside ``name``, the attack's
-    options, or other values for keys of the grid. What all grids share is in the table ``[common]``.
+    Such a file has the key ``about``, perhaps ``figures``, a list of "kappa", "steps", "passes" and "seconds", and any
+    number of tables ``[[grid]]``. The keys of a grid are those of `Cell`, and every list of values stands for each of
+    them in turn: a grid is a product. ``attack`` is a list of names, or of tables that have, beside ``name``, the
+    attack's options, or other values for keys of the grid. What all grids share is in the table ``[common]``.
 
     An attack that looks for nearest errors is one cell, whatever the number of radii and orders.
 
@@ -101,18 +102,23 @@ def load_sweep(name: str) -> Sweep:
     """
     path = Path(name) if name.endswith(".toml") else shipped() / "sweeps" / f"{name}.toml"
     if not path.is_file():
-        raise FileNotFoundError(f"sweep={name!r}: {', '.join(sweeps())}, or a file that ends in .toml, is accepted")
+        near = difflib.get_close_matches(name, sweeps(), n=1)
+        raise FileNotFoundError(
+            f"sweep={name!r}: {f'is {near[0]!r} meant? ' if near else ''}{', '.join(sweeps())}, or a file that ends in "
+            ".toml, is accepted"
+        )
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
-        for key in given:
-            choice("key", key, ("about", "figures", "common", "grid"))
+        _check_keys(given)
         for figure in given.get("figures", []):
-            choice("figures", figure, ("kappa", "steps", "passes"))
+            choice("figures", figure, ("kappa", "steps", "passes", "seconds"))
         pairs = [pair for grid in given["grid"] for pair in _expand({**given.get("common", {}), **grid})]
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from error
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{path}: {error}") from error
+    if not pairs:
+        raise ValueError(f"{path}: no cell is defined: there is no [[grid]], or a list in each is empty")
     cells = {cell.name: cell for cell, _ in pairs}
     balls: dict[str, dict[Threat, None]] = {name: {} for name in cells}
     for cell, ball in pairs:
@@ -121,10 +127,27 @@ def load_sweep(name: str) -> Sweep:
     return Sweep(path.stem, given.get("about", ""), tuple(given.get("figures", [])), tasks)
 
 
+def _check_keys(given: Mapping[str, Any]) -> None:
+    """Raise an error where a key of a sweep's file is unknown, or its value of another kind than it has to be."""
+    kinds: dict[str, tuple[type, str]] = {
+        "about": (str, "text"),
+        "figures": (list, "a list of names"),
+        "common": (dict, "one table [common]"),
+        "grid": (list, "tables [[grid]]"),
+    }
+    for key, value in given.items():
+        kind_of, accepted = kinds[choice("key", key, kinds)]
+        inside = value if key == "grid" and isinstance(value, list) else []
+        if not isinstance(value, kind_of) or not all(isinstance(grid, dict) for grid in inside):
+            raise TypeError(f"{key}={value!r}: {accepted} is accepted")
+
+
 def _expand(grid: Mapping[str, Any]) -> Iterator[tuple[Cell, Threat]]:
     """Every cell of a grid with its ball; one that serves several balls comes once for each."""
     keys = [item.name for item in fields(Cell) if item.name not in ("attack", "options", "shard", "shards")]
     for entry in _listed(grid["attack"]):
+        if not isinstance(entry, str | Mapping):
+            raise TypeError(f"attack={entry!r}: a name, or a table with a name and options, is accepted")
         given = {"name": entry} if isinstance(entry, str) else dict(entry)
         name = given.pop("name")
         values = {key: _listed(value) for key, value in {**grid, **given}.items() if key != "attack"}
@@ -278,10 +301,11 @@ def _figures(sweep: Sweep, rows: pd.DataFrame, out: Path) -> list[Path]:
         "kappa": figures.accuracy_over_kappa,
         "steps": figures.accuracy_over_steps,
         "passes": figures.accuracy_over_passes,
+        "seconds": figures.seconds_over_samples,
     }
     paths = []
     for name, (data, of_data) in itertools.product(sweep.figures, rows.groupby("data", sort=False)):
-        if name != "passes" and not (of_data.attack == "wda").any():
+        if name in ("kappa", "steps") and not (of_data.attack == "wda").any():
             continue
         paths.append(out / f"{name}-{Path(str(data)).stem}.svg")
         with plt.rc_context({"svg.hashsalt": sweep.name}), write_atomically(paths[-1]) as file:

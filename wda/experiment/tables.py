@@ -37,7 +37,7 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
     ...     table(frame(run(n=10, attacks=["fgsm"], output=folder))).columns.tolist()
     ['clean', 'fgsm']
     """
-    rows, keys = _labelled(results)
+    rows, keys = labelled(results)
     wide = rows.pivot(index=keys, columns="label", values="accuracy")[rows.label.unique()]
     wide.insert(0, "clean", rows.groupby(keys).clean_accuracy.first())
     wide.columns.name = None
@@ -67,7 +67,7 @@ def costs(results: pd.DataFrame) -> pd.DataFrame:
     ...     costs(frame(run(n=10, attacks=["fgsm"], output=folder))).columns.tolist()
     ['attack', 'accuracy', 'interval', 'transport cost', 'forward', 'backward']
     """
-    rows, keys = _labelled(results)
+    rows, keys = labelled(results)
     rows = rows.sort_values(keys, kind="stable")
     shown = rows[[key for key in keys if rows[key].nunique() > 1]].assign(
         attack=rows.label,
@@ -78,7 +78,7 @@ def costs(results: pd.DataFrame) -> pd.DataFrame:
     return shown.join(rows[["forward", "backward"]].round(1))
 
 
-def _labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The results in the order of tables, labelled, and the columns that name a row of a table.
 
     Raises

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.ticker import LogLocator
 
 from wda.threat import radius_text
@@ -352,7 +353,7 @@ def tuning_curves(record: Mapping[str, Any]) -> Figure:
     accuracies.set(xlabel="epoch (0: as given)", ylabel="accuracy (%)", ylim=(0, 101))
     slopes.set(xlabel="epoch (0: as given)", ylabel="Υ (loss per input unit)", ylim=(0, None))
     for panel in (accuracies, slopes):
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.get_lines():
             panel.legend(frameon=False, fontsize="small")
     return figure

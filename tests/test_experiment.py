@@ -141,7 +141,7 @@ def test_two_results_in_one_place_are_an_error(folder: Path) -> None:
 
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="no record"):
+    with pytest.raises(ValueError, match="makes no row"):
         experiment.read(tmp_path)
 
 

@@ -70,6 +70,15 @@ def test_table_and_costs_hold_the_records(folder: Path) -> None:
     assert f"{100 * two:.1f}" in experiment.costs(results).accuracy.tolist()
 
 
+def test_options_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    sizes = [None, 0.02, 0.1]
+    chosen = [{"steps": steps, "step_size": size} for size in sizes for steps in (10, 2)]
+    records = [experiment.run(n=5, attacks=["pgd"], settings={"pgd": of}, output=tmp_path)[0] for of in chosen]
+    by_size = ["pgd steps=2", "pgd steps=2 step_size=0.02", "pgd steps=2 step_size=0.1"]
+    in_turn = [*by_size, *(name.replace("=2", "=10", 1) for name in by_size)]
+    assert list(experiment.table(experiment.frame(records)))[1:] == in_turn
+
+
 def test_table_names_what_differs_and_never_averages(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     experiment.run(n=10, attacks=["fgsm"], output=tmp_path)
@@ -132,7 +141,7 @@ def test_two_results_in_one_place_are_an_error(folder: Path) -> None:
 
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="no record"):
+    with pytest.raises(ValueError, match="makes no row"):
         experiment.read(tmp_path)
 
 

@@ -132,6 +132,8 @@ def test_one_record_of_distances_serves_every_budget(tmp_path: Path) -> None:
             assert found["risk_ce"] == pytest.approx(adv.risk(net), abs=1e-6)
             assert found["transport_cost"] <= eps
             assert found["transport_cost"] == pytest.approx(adv.audit(), abs=1e-6)
+    with pytest.raises(ValueError, match=r"'closest' serves every ball: name one, by wda\.experiment\.within"):
+        experiment.read(tmp_path)
     with pytest.raises(ValueError, match="in its norm"):
         within(record, wda.Threat("L2", 0.1))
 

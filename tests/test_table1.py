@@ -172,6 +172,10 @@ def test_a_model_that_fails_does_not_stop_the_others_and_a_second_run_reads(
     again, _, lines = quick(tmp_path / "records", ["digits-mlp"])
     assert all(", on record; " in line and "left" not in line for line in lines)
     assert again == records
+    with monkeypatch.context() as other:
+        other.setattr("wda.experiment.cells.load_model", lambda _: models.load("digits-cnn"))
+        with pytest.raises(RuntimeError, match="is of another model of these names"):
+            quick(tmp_path / "records", ["digits-mlp"])
     with pytest.raises(RuntimeError, match=r"nothing ran\nnobody: DataUnavailable: model='nobody'"):
         quick(tmp_path / "records", ["nobody"])
 

@@ -11,7 +11,7 @@ from wda.experiment.engine import Failure, run_sweep
 from wda.experiment.notebooks import check_parameters, partial, run_notebook
 from wda.experiment.published import Failed, beside_published, run_table1, table1
 from wda.experiment.records import frame, interval, merge, provenance, read, within
-from wda.experiment.sweeps import Sweep, load_sweep, results, sweeps, write_tables
+from wda.experiment.sweeps import Sweep, Task, load_sweep, results, sweeps, write_tables
 from wda.experiment.tables import costs, table
 from wda.experiment.tuning import run_finetune, tuning_table
 
@@ -20,6 +20,7 @@ __all__ = [
     "Failed",
     "Failure",
     "Sweep",
+    "Task",
     "ablations",
     "beside_published",
     "bracket_table",

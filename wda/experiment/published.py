@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from wda import zoo
 from wda.attacks import check_kappa, kind
 from wda.errors import DataUnavailable
-from wda.experiment.cells import Cell, check_settings, run_cell
+from wda.experiment.cells import Cell, check_inputs, check_settings, run_cell
 from wda.experiment.records import Record, method, within
 from wda.experiment.sweeps import Task, whole_record
 from wda.experiment.tables import labelled
@@ -185,8 +185,10 @@ class _Clock:
 
 
 def _finished_or_run(cell: Cell, output: str | os.PathLike[str]) -> tuple[Record, bool]:
-    record = whole_record(cell, output)
-    return (record, False) if record else (run_cell(cell, output), True)
+    if record := whole_record(cell, output):
+        check_inputs(cell, record)
+        return record, False
+    return run_cell(cell, output), True
 
 
 def _ball(model: str, data: str | None, norm: str | None, eps: float | str | None) -> dict[str, Any]:

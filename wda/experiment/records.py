@@ -411,7 +411,7 @@ def read(folder: str | os.PathLike[str]) -> pd.DataFrame:
     FileNotFoundError
         There is no record.
     ValueError
-        A .json file in the folder is no record.
+        A .json file in the folder is no record, or one of nearest errors, see `within`.
 
     Examples
     --------
@@ -428,13 +428,18 @@ def read(folder: str | os.PathLike[str]) -> pd.DataFrame:
     try:
         return frame(json.loads(file.read_text(encoding="utf-8")) for file in files)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"folder={str(folder)!r} holds a .json file that is no record: {error!r}") from error
+        raise ValueError(f"folder={str(folder)!r} holds a .json file that makes no row: {error!r}") from error
 
 
 def frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """Records as a data frame, one row each, as `read` gives it.
 
     Where one name stands for several models, or for several files of data, the checksums tell them apart.
+
+    Raises
+    ------
+    ValueError
+        A record is of nearest errors, which serve every ball, and so of none yet: see `within`.
 
     Examples
     --------
@@ -446,6 +451,9 @@ def frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """
     import pandas as pd
 
+    records = list(records)
+    if of_distances := [r["parameters"]["attack"] for r in records if r["parameters"]["eps"] is None]:
+        raise ValueError(f"a record of {of_distances[0]!r} serves every ball: name one, by wda.experiment.within")
     flat = [{**r["parameters"], **r["passes"], **{k: r[k] for k in _AGGREGATES}, **r["provenance"]} for r in records]
     rows = pd.DataFrame(flat)
     for name, whole_of in (("model", ["model"]), ("data", ["data", "n"])):

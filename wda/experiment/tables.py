@@ -100,4 +100,6 @@ def labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     keys = [key for key in ("data", "n", "seed", "dtype") if rows[key].nunique() > 1] + ["model", "threat"]
     if (twice := rows.duplicated([*keys, "label"])).any():
         raise ValueError(f"two results are of {rows.loc[twice.idxmax(), [*keys, 'label']].to_dict()}")
-    return rows.sort_values(["place", "kappa", "label"], kind="stable"), keys
+    # numbers in a label count as such: 2 comes before 10
+    rows["in_turn"] = rows.label.str.replace(r"(?<![.\d])\d+", lambda number: number[0].zfill(9), regex=True)
+    return rows.sort_values(["place", "kappa", "in_turn"], kind="stable"), keys

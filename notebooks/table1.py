@@ -97,7 +97,7 @@ for ball in table.columns.unique(0):
 # What each cost, in passes per image, with Wilson's interval for the accuracy, at least 95 %.
 
 # %% tags=["nbval-check-output"]
-print(experiment.costs(results).to_string(index=False))
+print(experiment.costs(results).drop(columns="transport cost").to_string(index=False))
 
 # %% [markdown]
 # ## Beside the paper

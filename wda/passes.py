@@ -28,7 +28,7 @@ from wda.checks import flag, whole
 from wda.errors import Untrustworthy
 from wda.losses import margin
 
-__all__ = ["Counts", "Model", "Oracle", "batches", "check_labels", "check_sample", "distrust", "inspected"]
+__all__ = ["Counts", "Line", "Model", "Oracle", "batches", "check_labels", "check_sample", "distrust", "inspected"]
 
 # A torch.nn.Module, or any other callable that maps inputs (N, ...) to logits (N, K).
 Model = Callable[[Tensor], Tensor]
@@ -453,6 +453,35 @@ def check_labels(y: Tensor, classes: int) -> None:
         )
 
 
+class Line:
+    """A line that says how far some work is.
+
+    Parameters
+    ----------
+    shown : bool or None
+        True for a line on the standard error that is written over, False for none; None for one on a terminal and,
+        elsewhere, a line in the log "wda" every ten seconds.
+
+    Examples
+    --------
+    >>> Line(False).tell("half done")
+    """
+
+    def __init__(self, shown: bool | None) -> None:
+        self.here = sys.stderr.isatty() if shown is None else shown
+        self.logs = shown is None and not self.here
+        self.logged = time.monotonic()
+
+    def tell(self, line: str, bar: str = "", last: bool = False, always: bool = False) -> None:
+        """Write it, after a bar where it is written over; `last` ends it, `always` logs it before its time."""
+        now = time.monotonic()
+        if self.here:
+            print(f"\r{bar}{line}   ", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif self.logs and (always or now - self.logged >= _SECONDS_BETWEEN_LOG_LINES):
+            self.logged = now
+            _log.info(line)
+
+
 def batches(n: int, size: int, label: str, progress: bool | None = None) -> Iterator[slice]:
     """Slices of at most `size` rows that cover `n` rows, with progress shown as they are used up.
 
@@ -470,18 +499,10 @@ def batches(n: int, size: int, label: str, progress: bool | None = None) -> Iter
     >>> list(batches(5, 2, "counting", progress=False))
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
-    start = logged = time.monotonic()
-    bar = sys.stderr.isatty() if progress is None else progress
+    start, shown = time.monotonic(), Line(progress)
     for first in range(0, n, size):
         done = min(first + size, n)
         yield slice(first, done)
-        now = time.monotonic()
-        left = (now - start) * (n - done) / done
-        line = f"{label}: {done}/{n} samples, {now - start:.0f} s, {left:.0f} s left"
-        if bar:
-            filled = 24 * done // n
-            end = "\n" if done == n else ""
-            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}   ", end=end, file=sys.stderr, flush=True)
-        elif progress is None and now - logged >= _SECONDS_BETWEEN_LOG_LINES:
-            logged = now
-            _log.info(line)
+        passed, filled = time.monotonic() - start, 24 * done // n
+        line = f"{label}: {done}/{n} samples, {passed:.0f} s, {passed * (n - done) / done:.0f} s left"
+        shown.tell(line, bar=f"[{'#' * filled}{'.' * (24 - filled)}] ", last=done == n)

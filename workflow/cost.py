@@ -12,7 +12,6 @@ multiplies these with the passes that the other attacks were seen to take. Needs
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import wda
 from wda import zoo
 from wda.experiment import beside_published, provenance
-from wda.files import write_atomically
+from wda.experiment.records import save
 
 RECORD = Path(__file__).parents[1] / "data" / "results" / "cost.json"
 MEASURED = "robustbench:cifar10/Linf/Wang2023Better_WRN-28-10"
@@ -107,8 +106,7 @@ def main() -> None:
         )
     classes = sorted({network["classes"] for network in networks.values()})
     record = {"networks": networks, "wda": {str(k): passes(k) for k in classes}, "measured": measured}
-    with write_atomically(given.output) as file:
-        file.write(json.dumps({**record, "provenance": provenance(given.device)}, indent=1).encode())
+    save({**record, "provenance": provenance(given.device)}, given.output)
 
 
 if __name__ == "__main__":

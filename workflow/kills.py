@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from wda.experiment import load_sweep, provenance
-from wda.files import write_atomically
+from wda.experiment.records import save
 
 RECORD = Path(__file__).parents[1] / "data" / "results" / "sweep" / "kills.json"
 
@@ -63,10 +63,10 @@ def journal(folder: Path) -> dict[str, int]:
 
 
 def compare(one: Path, other: Path) -> dict[str, bool]:
-    """Which of the files of the tables have the same bytes."""
+    """Which of the files of the tables have the same bytes, those with seconds aside."""
     names = sorted({path.name for folder in (one, other) for path in (folder / "tables").iterdir()})
     read = {name: [(folder / "tables" / name).read_bytes() for folder in (one, other)] for name in names}
-    return {name: a == b for name, (a, b) in read.items() if name != "costs.csv"}
+    return {name: a == b for name, (a, b) in read.items() if not name.startswith(("costs", "seconds"))}
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -112,8 +112,7 @@ def main() -> None:
             "provenance": provenance(),
         }
     print(json.dumps(record, indent=1))
-    with write_atomically(RECORD) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    save(record, RECORD)
     whole = record["same_records"] == record["cells"] == len(names) and all(record["same_bytes"].values())
     sys.exit(not (whole and not before["started_after_their_end"] and not record["once_more"]["starts"]))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from kills import compare
 
 from wda.experiment import load_sweep, provenance
-from wda.files import write_atomically
+from wda.experiment.records import save
 
 RECORD = Path(__file__).parents[1] / "data" / "results" / "sweep" / "slurm.json"
 
@@ -54,8 +54,7 @@ def main() -> None:
             "provenance": provenance(),
         }
     print(json.dumps(record, indent=1))
-    with write_atomically(RECORD) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    save(record, RECORD)
     sys.exit(not all(record["same_bytes"].values()))
 
 

@@ -297,7 +297,7 @@ def _resume(state: Path, run: str, logits: Tensor, points: Tensor) -> int:
             same = same and before.shape == now.shape and np.allclose(before, now, 1e-3, 1e-3, equal_nan=True)
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"state={str(state)!r}: the file is damaged, or none of autoattack's: remove it") from error
-    if not same:
+    if not same or found.shape != points.shape:
         raise ValueError(f"state={str(state)!r} is of another model, sample, ball, version or seed: name another file")
     points.copy_(found)
     return done

@@ -18,9 +18,9 @@ from wda import zoo
 from wda.attacks import check_kappa, kind
 from wda.errors import DataUnavailable
 from wda.experiment.cells import Cell, check_inputs, check_settings, run_cell
-from wda.experiment.records import Record, method, within
+from wda.experiment.records import Record
 from wda.experiment.sweeps import Task, whole_record
-from wda.experiment.tables import labelled
+from wda.experiment.tables import label, labelled
 from wda.files import check_writable
 from wda.models import card
 from wda.threat import Threat, radius_text
@@ -150,16 +150,16 @@ def run_table1(
     records, clock = [], _Clock(len(tasks))
     for task in tasks:
         cell = task.cell
-        label = _label(cell.attack, cell.options, cell.kappa)
+        name = label(cell.attack, cell.options, cell.kappa)
         try:
             record, has_run = _finished_or_run(cell, output)
         except Exception as error:  # whatever a model of one's own may raise
-            errors.setdefault((cell.model, _told(error)), []).append(label)
-            say(clock.line(f"{cell.model} {label}: failed, {type(error).__name__}", has_run=False))
+            errors.setdefault((cell.model, _told(error)), []).append(name)
+            say(clock.line(f"{cell.model} {name}: failed, {type(error).__name__}", has_run=False))
             continue
-        found = [within(record, ball) for ball in task.balls] if cell.eps is None else [record]
+        found = task.within(record)
         accuracy = ", ".join(f"{100 * one['accuracy']:.1f} %" for one in found)
-        say(clock.line(f"{cell.model} {label}: {accuracy}" + ", on record" * (not has_run), has_run))
+        say(clock.line(f"{cell.model} {name}: {accuracy}" + ", on record" * (not has_run), has_run))
         records += found
     failed = [Failed(model, tuple(labels), error) for (model, error), labels in errors.items()]
     if not records:
@@ -224,10 +224,6 @@ def _tasks(attack: str, kappas: Sequence[float], chosen: Mapping[str, Any], **gi
             yield Task(Cell(**cell, order=1, kappa=check_kappa(kappa, 1.0)))
     else:
         yield Task(Cell(**cell, order=2 if of == "budgeted" else "inf"))
-
-
-def _label(attack: str, options: Mapping[str, Any], kappa: float) -> str:
-    return method(attack, options) + f" κ={kappa:g}" * (attack == "wda")
 
 
 def table1(results: pd.DataFrame) -> pd.DataFrame:
@@ -301,13 +297,13 @@ def beside_published(results: pd.DataFrame | None = None) -> pd.DataFrame:
 
     keys = ["model", "data", "norm", "eps"]
     columns = ["attack", "kappa", "order"]
-    rows = _published()
+    printed = rows = _published()
     if results is None or results.empty:
         rows = rows.assign(label=None, reproduced=float("nan"), low=float("nan"), high=float("nan"), n=float("nan"))
     else:
         ours = _reproduced(results, keys + columns)
         rows = rows.merge(ours, how="outer", on=keys + columns)
-        about = _published().drop_duplicates(keys)[[*keys, "row", "paper", "architecture", "note"]]
+        about = printed.drop_duplicates(keys)[[*keys, "row", "paper", "architecture", "note"]]
         rows = rows.drop(columns=["row", "paper", "architecture", "note"]).merge(about, on=keys)
     places = {column: place for place, column in enumerate([*_COLUMNS.values()])}
     where = pd.Series([places.get(column, len(places)) for column in rows[columns].itertuples(index=False, name=None)])
@@ -337,7 +333,7 @@ def _published() -> pd.DataFrame:
     })  # fmt: skip
     parts = []
     for name, (attack, kappa, order) in _COLUMNS.items():
-        usual = f"{attack} κ={kappa:g}" if attack == "wda" else attack
+        usual = attack if attack == "clean" else label(attack, {}, kappa)
         column = {"attack": attack, "kappa": kappa, "order": order, "usual": usual}
         parts.append(about.assign(**column, published=printed[name].astype(float)))
     return pd.concat(parts, ignore_index=True)
@@ -347,7 +343,7 @@ def _reproduced(results: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Results, and the accuracy on each sample, in the form of the published numbers."""
     import pandas as pd
 
-    labels = [_label(a, o, k) for a, o, k in zip(results.attack, results.options, results.kappa, strict=True)]
+    labels = [label(a, o, k) for a, o, k in zip(results.attack, results.options, results.kappa, strict=True)]
     sample = {"attack": "clean", "kappa": 1.0, "order": "", "label": "clean"}
     clean = results.assign(**sample, accuracy=results.clean_accuracy, accuracy_interval=results.clean_accuracy_interval)
     rows = pd.concat([clean.drop_duplicates(["model", "data", "norm", "eps", "n"]), results.assign(label=labels)])

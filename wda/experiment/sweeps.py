@@ -39,6 +39,16 @@ class Task:
     cell: Cell
     balls: tuple[Threat, ...] = ()
 
+    def within(self, record: Record) -> list[Record]:
+        """The cell's record, or of nearest errors one for each ball.
+
+        Examples
+        --------
+        >>> Task(Cell(attack="pgd", eps=0.1, order=1)).within({"parameters": {"eps": 0.1}})
+        [{'parameters': {'eps': 0.1}}]
+        """
+        return [record] if record["parameters"]["eps"] is not None else [within(record, ball) for ball in self.balls]
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -218,10 +228,8 @@ def results(sweep: Sweep, folder: str | os.PathLike[str]) -> tuple[list[Record],
         record = whole_record(task.cell, folder)
         if record is None:
             missing.append(task.cell)
-        elif record["parameters"]["eps"] is None:
-            found += [within(record, ball) for ball in task.balls]
         else:
-            found.append(record)
+            found += task.within(record)
     return found, missing
 
 
@@ -230,8 +238,9 @@ def write_tables(
 ) -> tuple[list[Path], list[Cell]]:
     """Rebuild the tables and figures of a sweep from its records.
 
-    The same records give the same bytes, and but for ``costs.csv`` so do those of another run, in other shards. There
-    the seconds differ, and the passes of some attacks: whether a point on a boundary needs one more, rounding decides.
+    The same records give the same bytes, and but for ``costs.csv`` and figures of seconds so do those of another run,
+    in other shards. There the seconds differ, and the passes of some attacks: whether a point on a boundary needs one
+    more, rounding decides.
 
     Parameters
     ----------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from wda.attacks import available
 from wda.experiment.records import method
@@ -11,7 +12,7 @@ from wda.threat import radius_text
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["costs", "table"]
+__all__ = ["costs", "label", "table"]
 
 
 def table(results: pd.DataFrame) -> pd.DataFrame:
@@ -78,6 +79,18 @@ def costs(results: pd.DataFrame) -> pd.DataFrame:
     return shown.join(rows[["forward", "backward"]].round(1))
 
 
+def label(attack: str, options: Mapping[str, Any], kappa: float) -> str:
+    """An attack as tables name it, with the options that are not the defaults.
+
+    Examples
+    --------
+    >>> label("wda", {"steps": 5}, 2.0), label("pgd", {}, 1.0)
+    ('wda steps=5 κ=2', 'pgd')
+    """
+    name = method(attack, options)
+    return f"{name} κ={repr(float(kappa)).removesuffix('.0')}" if attack == "wda" else name
+
+
 def labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The results in the order of tables, labelled, and the columns that name a row of a table.
 
@@ -87,14 +100,10 @@ def labelled(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         Two results would have the same place in a table.
     """
     position = {name: place for place, name in enumerate(available())}
-    kappas = [repr(kappa).removesuffix(".0") for kappa in results.kappa.tolist()]
     order = results.order.str.removesuffix(".0")
     rows = results.assign(
         place=results.attack.map(position),
-        label=[
-            f"{method(name, chosen)} κ={k}" if name == "wda" else method(name, chosen)
-            for name, chosen, k in zip(results.attack, results.options, kappas, strict=True)
-        ],
+        label=[label(a, o, k) for a, o, k in zip(results.attack, results.options, results.kappa, strict=True)],
         threat="W" + order + " " + results.norm + " " + results.eps.map(radius_text),
     )
     keys = [key for key in ("data", "n", "seed", "dtype") if rows[key].nunique() > 1] + ["model", "threat"]

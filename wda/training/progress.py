@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 
-__all__ = ["Progress"]
+from wda.passes import Line
 
-_log = logging.getLogger("wda")
-_SECONDS_BETWEEN_LOG_LINES = 10.0
+__all__ = ["Progress"]
 
 
 class Progress:
@@ -29,18 +26,11 @@ class Progress:
 
     def __init__(self, total: int, done: int, shown: bool | None) -> None:
         self.total, self.done, self.first = total, done, done
-        self.bar = sys.stderr.isatty() if shown is None else shown
-        self.logs = shown is None and not self.bar
-        self.start = self.logged = time.monotonic()
+        self.line, self.start = Line(shown), time.monotonic()
 
     def step(self, line: str, last: bool = False) -> None:
         """One step more; `last` where an epoch ends with it."""
         self.done += 1
-        now = time.monotonic()
-        left = (now - self.start) * (self.total - self.done) / (self.done - self.first)
-        line = f"{line}, {now - self.start:.0f} s, {left:.0f} s left"
-        if self.bar:
-            print(f"\r{line}   ", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif self.logs and (last or now - self.logged >= _SECONDS_BETWEEN_LOG_LINES):
-            self.logged = now
-            _log.info(line)
+        passed = time.monotonic() - self.start
+        left = passed * (self.total - self.done) / (self.done - self.first)
+        self.line.tell(f"{line}, {passed:.0f} s, {left:.0f} s left", last=last, always=last)

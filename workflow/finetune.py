@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import math
 import sys
@@ -53,7 +52,7 @@ def runs() -> Iterator[dict[str, Any]]:
 
 def recorded() -> list[dict[str, Any]]:
     """The settings of the runs that have a record."""
-    return [json.loads(path.read_text(encoding="utf-8"))["parameters"] for path in FOLDER.glob("*.json")]
+    return [load(path)["parameters"] for path in FOLDER.glob("*.json")]
 
 
 def certify(path: Path) -> None:

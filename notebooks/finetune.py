@@ -23,9 +23,10 @@
 # these in the optimal way. As it stands it needs no network: the data are scikit-learn's digits, the model comes with
 # the package.
 #
-# To run it on another model, change the parameters, or pass them on the command line:
+# To run it on another model or other data, change the parameters, or pass them on the command line:
 #
 # ```
+# wda run notebooks/finetune.ipynb -p model my_module:my_function -p data my_test.npz -p train my_train.npz
 # wda run notebooks/finetune.ipynb -p model digits-cnn-adv -p variant last -p tau 0.1
 # wda run notebooks/finetune.ipynb -p attack closest -p attack_options "{'steps': 6, 'restarts': 1}"
 # ```
@@ -44,6 +45,7 @@
 
 # %% tags=["parameters"]
 data = "digits"  # "digits", or a data set under WDA_DATA that has both splits, such as "mnist" or "cifar10"
+train = None  # where data is a path to test images: the path to those to train on
 model = "digits-cnn"  # a bundled model, one under WDA_DATA, "robustbench:DATA/THREAT/ID" or "module:function"
 norm = "Linf"  # of the ground cost: "Linf", "L2" or "L1"
 delta = 0.1  # the radius of the ball; a fraction such as "8/255" may be a string
@@ -79,6 +81,7 @@ logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 # %%
 tuned, record = experiment.run_finetune(
     data=data,
+    train=train,
     model=model,
     norm=norm,
     eps=delta,

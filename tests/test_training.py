@@ -687,6 +687,19 @@ def test_a_recorded_run_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch
         run_finetune(**{**SMALL, "n_train": 2}, output=tmp_path / "three")
 
 
+def test_data_of_ones_own_are_two_files(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        x, y = wda.data.load("digits", split, n=SMALL["n_train"])
+        np.savez(tmp_path / f"{split}.npz", x=x.numpy(), y=y.numpy())
+    files = {"data": str(tmp_path / "test.npz"), "train": str(tmp_path / "train.npz")}
+    of_files, record = run_finetune(**SMALL, **files, output=tmp_path / "files")
+    by_name, _ = run_finetune(**SMALL, output=tmp_path / "name")
+    assert same(weights(of_files.model), weights(by_name.model))
+    assert record["parameters"]["train"] == files["train"]
+    with pytest.raises(ValueError, match=r"train=None: .*test\.npz.* is one file, to test on"):
+        run_finetune(**SMALL, data=files["data"], output=tmp_path / "leak")
+
+
 def test_the_network_for_mnist_can_be_fine_tuned(wda_data: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"data": "mnist", "model": "mnist_trades_smallcnn", "dtype": "float32", "eps": 0.2}
     few = {"attack": "closest", "attack_options": {"steps": 2, "restarts": 1}}

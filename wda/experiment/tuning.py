@@ -45,6 +45,7 @@ def run_finetune(
     penalty: str = "ce",
     attack: str = "wpgd",
     attack_options: Mapping[str, Any] | None = None,
+    train: str | None = None,
     validation: float = 0.2,
     n_train: int | None = None,
     n: int | None = None,
@@ -62,11 +63,14 @@ def run_finetune(
     Parameters
     ----------
     data, model : str
-        Names for `wda.data.load`, which must have both splits, and for `wda.models.load`.
+        Names for `wda.data.load` and for `wda.models.load`. The test split of the data judges, the other one trains.
     norm, eps, order
         The threat, see `wda.Threat`; the box is [0, 1]. The second paper's delta is `eps`.
     variant, tau, eta, beta, noise, epochs, batch_size, penalty, attack, attack_options, autocast
         See `wda.training.finetune`.
+    train : str, optional
+        A name or a path for `wda.data.load`, to train on in place of the training split of `data`. Needed where `data`
+        is a path, which has no splits.
     validation : float
         The share of the training split that is not trained on, but selects the epoch; drawn by `seed`.
     n_train, n : int, optional
@@ -106,12 +110,14 @@ def run_finetune(
     seed = whole("seed", seed, 0, 2**63 - 1)
     held_out = number("validation", validation, "a number between 0 and 1", 1e-9, 1 - 1e-9)
     x, y, net, sums = load_inputs(data, model, n, dtype, device)
-    training, selecting = _parts(load_data(data, "train", n_train), held_out, seed, x.dtype)
+    if train is None and data.endswith(".npz"):
+        raise ValueError(f"train=None: {data!r} is one file, to test on; the path of another, to train on, is accepted")
+    training, selecting = _parts(load_data(train or data, "train", n_train), held_out, seed, x.dtype)
     how: dict[str, Any] = {"variant": variant, "tau": tau, "eta": eta, "beta": beta, "noise": noise, "penalty": penalty}
     how |= {"batch_size": batch_size, "attack": attack, "attack_options": dict(attack_options or {}), "seed": seed}
     about = {"data": data, "model": model, "norm": norm, "eps": threat.eps, "order": str(threat.order), **how, **sums}
     about |= {"epochs": epochs, "n_train": len(training[0]), "n_validation": len(selecting[0]), "n": len(x)}
-    about |= {"dtype": dtype, "device": device, "autocast": autocast}
+    about |= {"train": train or data, "dtype": dtype, "device": device, "autocast": autocast}
     check_writable(Path(output))
 
     path = Path(output) / _file_name(about)

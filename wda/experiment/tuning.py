@@ -164,8 +164,8 @@ def _judged(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, bat
 
 def _file_name(about: Mapping[str, Any]) -> str:
     """A name that differs wherever the settings of the tables do."""
-    tuned = f"{about['variant']}_tau{about['tau']:g}_eta{about['eta']:g}_{about['attack']}_s{about['seed']}"
-    return f"{case(about)}_{tuned}_{about['dtype']}.json"
+    tuned = f"{about['variant']}_tau{about['tau']:g}_eta{about['eta']:g}_{about['attack']}_{about['penalty']}"
+    return f"{case(about)}_{tuned}_s{about['seed']}_{about['dtype']}.json"
 
 
 def tuning_table(record: Record, orders: Sequence[float] = (math.inf, 2, 1)) -> pd.DataFrame:

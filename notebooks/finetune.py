@@ -40,6 +40,9 @@
 #     -p delta 8/255 -p epochs 20 -p batch_size 512 -p dtype float32 -p device cuda -p autocast True
 # ```
 #
+# The record and the tuned weights are left in the output folder. Other notebooks take the weights as
+# `-p model digits-cnn@results/finetune/NAME.weights.pt`.
+#
 # A run that was killed goes on where it was: its state is kept in the output folder, after each epoch and, within one,
 # every minute.
 
@@ -127,11 +130,11 @@ figure = figures.tuning_curves(record)
 # and the Υ of the whole sample the mean of the shares to the power of the order would be the budget.
 
 # %% tags=["nbval-check-output"]
-radius = record["parameters"]["eps"]
+radius, p = record["parameters"]["eps"], float(record["parameters"]["order"])
 for epoch in tuned.history[1:]:
-    if epoch.budget:
+    if epoch.budget and radius:
         shares = sorted(own / radius for own in epoch.budget)
-        spent = (sum(share**order for share in shares) / len(shares)) ** (1 / order)
+        spent = (sum(share**p for share in shares) / len(shares)) ** (1 / p)
         print(
             f"epoch {epoch.epoch}: batches are attacked at {shares[0]:.2f} to {shares[-1]:.2f} times the radius, "
             f"in the mean {spent:.2f}"

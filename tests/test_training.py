@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import json
@@ -38,6 +39,7 @@ from wda.training import (
     score,
     strike,
 )
+from wda.training.run import Run
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 each_variant = pytest.mark.parametrize("variant", ["last", "whole"])
@@ -81,6 +83,18 @@ def resting() -> nn.Module:
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()
     with torch.no_grad():
         model[1].weight.copy_(2 * torch.eye(3, dtype=torch.float64).repeat(1, 2) + 0.1 * numbers(3, 6))
+    return model
+
+
+def smoothed(model: nn.Sequential) -> nn.Sequential:
+    """The same weights, another function."""
+    model[3] = nn.Tanh()
+    return model
+
+
+def partly_frozen(model: nn.Sequential) -> nn.Sequential:
+    """The same function, of which less is trained."""
+    model[1].requires_grad_(False)
     return model
 
 
@@ -488,11 +502,30 @@ def test_a_finished_run_can_be_made_longer_and_not_shorter(tmp_path: Path) -> No
         tuned(checkpoint=path, epochs=2)
 
 
+def test_what_is_half_done_is_not_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, step = tmp_path / "run.pt", Run._step
+
+    def interrupted(run: Run, rows: Tensor) -> None:
+        if (run.epoch, run.batch) == (2, 2):
+            raise KeyboardInterrupt
+        step(run, rows)
+
+    monkeypatch.setattr(Run, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(checkpoint=path, interval=0.0)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"epochs=1: the checkpoint has done 1\.67 already"):
+        tuned(checkpoint=path, epochs=1)
+    assert tuned(checkpoint=path).history == tuned().history
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
         ({"model": network(seed=1)}, "another model"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()}, "another model"),
+        ({"model": smoothed(network())}, "another model"),
+        ({"model": partly_frozen(network())}, "another model"),
         ({"tau": 0.5}, r"tau=0.05, this one has 0.5"),
         ({"seed": 3}, "seed=0, this one has 3"),
         ({"threat": Threat("Linf", 0.1, order=2)}, "threat="),
@@ -572,6 +605,19 @@ def test_weights_that_a_step_has_blown_up_are_never_stored(tmp_path: Path) -> No
     assert model(labelled()[0]).isfinite().all()
 
 
+@pytest.mark.parametrize(("n", "batch_size", "batches"), [(13, 6, 2), (14, 6, 3), (12, 6, 2), (5, 6, 1), (7, 6, 1)])
+def test_no_batch_has_one_sample(n: int, batch_size: int, batches: int) -> None:
+    x, y = labelled(n)
+    run = finetune(network(), (x, y), (x, y), W2, epochs=2, batch_size=batch_size, progress=False)
+    assert [len(epoch.budget) for epoch in run.history] == [0, batches, batches]
+
+
+def test_no_gradients_are_left() -> None:
+    with torch.no_grad():
+        run = tuned()
+    assert all(weights.grad is None for weights in run.model.parameters())
+
+
 def test_no_radius_moves_nothing() -> None:
     """With KL only the clean loss is left: plain fine-tuning, whatever beta is."""
     still = Threat("Linf", 0.0, order=2)
@@ -603,6 +649,7 @@ def test_no_radius_moves_nothing() -> None:
         ({"seed": -1}, "seed=-1"),
         ({"interval": -1}, "interval=-1"),
         ({"attack_options": {"steps": 0}}, "steps=0"),
+        ({"attack_options": {"stepz": 3}}, "attack_options of 'wpgd'='stepz'"),
         ({"threat": Threat("Linf", 0.1, order=1)}, "order=1"),
     ],
 )
@@ -670,7 +717,7 @@ def test_a_record_says_what_was_found(tmp_path: Path) -> None:
         assert tuning_table(record).loc[when, "W_2 strongest"] == pytest.approx(weighed, abs=1e-4)
         net.load_state_dict(torch.load(next(tmp_path.glob("*.weights.pt")), weights_only=True))
     assert same(weights(net), weights(tuning.model))
-    assert (record["parameters"]["n_train"], record["parameters"]["n_validation"]) == (80, 20)
+    assert (record["parameters"]["n_train"], record["parameters"]["n_validation"]) == (100, 20)
     assert record["history"][tuning.epoch]["test"]["clean"] == record["after"]["clean"]
 
 
@@ -698,6 +745,63 @@ def test_data_of_ones_own_are_two_files(tmp_path: Path) -> None:
     assert record["parameters"]["train"] == files["train"]
     with pytest.raises(ValueError, match=r"train=None: .*test\.npz.* is one file, to test on"):
         run_finetune(**SMALL, data=files["data"], output=tmp_path / "leak")
+    with pytest.raises(ValueError, match=r"these are the samples of .* to test on"):
+        run_finetune(**{**SMALL, "n": 100}, data=files["data"], train=files["data"], output=tmp_path / "leak")
+
+
+def test_runs_that_differ_in_anything_leave_records_of_their_own(tmp_path: Path) -> None:
+    few: dict[str, Any] = {**SMALL, "epochs": 1, "attack_options": {"steps": 1}, "n_train": 40, "n": 5}
+    changed: tuple[dict[str, Any], ...] = ({}, {"beta": 1}, {"batch_size": 10}, {"validation": 0.3}, {"penalty": "kl"})
+    for settings in changed:
+        run_finetune(**{**few, **settings}, output=tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == len(list(tmp_path.glob("*.weights.pt"))) == len(changed)
+    _, record = run_finetune(**few, output=tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == len(changed)
+    about = record["parameters"]
+    again = {key: about[key] for key in about if key in inspect.signature(run_finetune).parameters}
+    straight, _ = run_finetune(**{**few, "output": tmp_path / "one"})
+    from_record, _ = run_finetune(**again, output=tmp_path / "two")
+    assert same(weights(from_record.model), weights(straight.model))
+
+
+def test_what_cannot_be_run_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wda.training.finetune", None)
+    for changed, named in (
+        ({"order": 1}, "order=1: a number > 1, or inf"),
+        ({"tau": None}, "tau=None"),
+        ({"attack_options": {"stepz": 1}}, "stepz"),
+        ({"attack_options": "steps=3"}, "attack_options='steps=3': a mapping"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"variant": "lst"}, "variant='lst'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=named):
+            run_finetune(**{**SMALL, **changed}, output=tmp_path)
+
+
+def test_two_classes_are_judged_by_the_margin(tmp_path: Path) -> None:
+    x, y = labelled(60)
+    for split, rows in (("train", slice(0, 40)), ("test", slice(40, 60))):
+        np.savez(tmp_path / f"{split}.npz", x=x[rows].float().numpy(), y=y[rows].numpy() % 2)
+    (tmp_path / "two_classes.py").write_text(
+        "import torch\ndef net():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 2))\n"
+    )
+    how: dict[str, Any] = {"model": "two_classes:net", "eps": 0.1, "batch_size": 8, "epochs": 1}
+    how |= {name: str(tmp_path / f"{split}.npz") for name, split in (("data", "test"), ("train", "train"))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        _, record = run_finetune(**how, attack_options={"loss": "margin"}, output=tmp_path)
+        net = wda.models.load("two_classes:net").double()
+    by_hand = score(net, x[40:].float().double(), y[40:] % 2, Threat("Linf", 0.1, 2), options={"loss": "margin"})
+    assert record["before"]["distributional"] == by_hand.distributional
+
+
+def test_tuned_weights_have_a_name(tmp_path: Path) -> None:
+    tuning, _ = run_finetune(**SMALL, dtype="float32", output=tmp_path)
+    (path,) = tmp_path.glob("*.weights.pt")
+    assert same(weights(wda.models.load(f"digits-mlp@{path}")), weights(tuning.model))
+    with pytest.raises(ValueError, match="do not fit"):
+        wda.models.load(f"digits-cnn@{path}")
 
 
 def test_the_network_for_mnist_can_be_fine_tuned(wda_data: Path, tmp_path: Path) -> None:

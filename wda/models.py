@@ -92,7 +92,7 @@ def load(name: str) -> nn.Module:
         - a name of `available`;
         - ``"robustbench:DATA/THREAT/ID"`` for a model of RobustBench, see `wda.zoo`;
         - ``"module:function"`` for an importable function that takes no argument and returns a module;
-        - ``"module:function@weights.pt"`` to fill that module from a file, ``.npz``, ``.safetensors`` or what
+        - any of these and ``"@weights.pt"``, to fill the model from a file, ``.npz``, ``.safetensors`` or what
           `torch.save` wrote of a ``state_dict()``, without executing code in it.
 
     Raises
@@ -110,10 +110,12 @@ def load(name: str) -> nn.Module:
     """
     if not isinstance(name, str):
         raise TypeError(f"model={name!r}: a name is accepted")
-    if name.startswith(zoo.PREFIX):
-        return zoo.load(name)
-    if ":" in name:
-        return _from_function(name)
+    name, _, weights = name.partition("@")
+    named = zoo.load if name.startswith(zoo.PREFIX) else _from_function if ":" in name else _stored
+    return _filled_from(named(name), name, weights) if weights else named(name)
+
+
+def _stored(name: str) -> nn.Module:
     path = _card_path(name)
     about = json.loads(path.read_text(encoding="utf-8"))
     weights = path.with_name(about["weights_file"])
@@ -428,7 +430,6 @@ def _card_path(name: str) -> Path:
 
 
 def _from_function(name: str) -> nn.Module:
-    name, _, path = name.partition("@")
     module, _, function = name.partition(":")
     if module.endswith(".py") or not module:
         raise ValueError(f"model={name!r}: 'module:function' is accepted, as in 'my_module:my_function'")
@@ -451,7 +452,7 @@ def _from_function(name: str) -> nn.Module:
         raise ValueError(f"model={name!r}: {function}() fails: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={name!r} returns {type(model).__name__}: a torch.nn.Module is needed")
-    return (_filled_from(model, name, path) if path else model).eval()
+    return model.eval()
 
 
 def _filled_from(model: nn.Module, name: str, path: str) -> nn.Module:

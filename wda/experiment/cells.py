@@ -213,7 +213,7 @@ def load_inputs(
     x, y = load_data(data, n=n)
     y = check_sample(x, y, (0.0, 1.0))
     net = load_model(model)
-    sums = {"data_sha256": _digest([x, y]), "model_sha256": _digest(net.state_dict().values())}
+    sums = {"data_sha256": checksum([x, y]), "model_sha256": checksum(net.state_dict().values())}
     return x.to(precision), y, _on_device(net.to(precision), device), sums
 
 
@@ -466,7 +466,7 @@ def check_settings(names: Sequence[str], settings: Mapping[str, Mapping[str, Any
     return {name: dict(settings.get(name, {})) for name in names}
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
+def checksum(tensors: Iterable[Tensor]) -> str:
     """The SHA-256 checksum of the values of some tensors, one after the other."""
     digest = hashlib.sha256()
     for tensor in tensors:

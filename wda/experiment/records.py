@@ -388,7 +388,7 @@ def case(p: Mapping[str, Any]) -> str:
 
 def _file_name_part(name: str, sha256: str) -> str:
     plain = re.sub(r"[^\w.-]+", "-", name.removesuffix(".npz")).strip(".-")
-    return f"{plain}-{sha256[:8]}" if name.endswith(".npz") or ":" in name else plain
+    return f"{plain}-{sha256[:8]}" if name.endswith(".npz") or {*name} & {*":@"} else plain
 
 
 def method(name: str, chosen: Mapping[str, Any]) -> str:

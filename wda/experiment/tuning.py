@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from wda.budget import robust_accuracy
 from wda.checks import number, whole
 from wda.data import load as load_data
-from wda.experiment.cells import load_inputs
+from wda.experiment.cells import checksum, load_inputs
 from wda.experiment.records import Record, case, provenance, save
 from wda.files import check_writable, write_atomically
 from wda.threat import Threat
@@ -80,7 +82,8 @@ def run_finetune(
     device : str
         "cpu" or "cuda".
     output : path
-        The folder of the record and the weights, made if needed. Those of the same case are replaced.
+        The folder of the record and the weights, made if needed. Those of the same run, but for the number of epochs,
+        are replaced. `wda.models.load` takes the weights as ``"MODEL@FILE.weights.pt"``.
 
     Returns
     -------
@@ -105,27 +108,34 @@ def run_finetune(
     (2, 20, 2)
     """
     from wda.training import finetune
+    from wda.training.run import Settings
 
     threat = Threat(norm, eps, order)
-    seed = whole("seed", seed, 0, 2**63 - 1)
+    if threat.order == 1:
+        raise ValueError(f"order={order!r}: a number > 1, or inf, is accepted: W-PGD judges the result")
+    how: dict[str, Any] = {"variant": variant, "tau": tau, "eta": eta, "beta": beta, "noise": noise, "penalty": penalty}
+    how |= {"batch_size": batch_size, "attack": attack, "attack_options": attack_options or {}, "seed": seed}
+    how = asdict(Settings(**how, autocast=autocast))
+    epochs = whole("epochs", epochs)
     held_out = number("validation", validation, "a number between 0 and 1", 1e-9, 1 - 1e-9)
     x, y, net, sums = load_inputs(data, model, n, dtype, device)
     if train is None and data.endswith(".npz"):
         raise ValueError(f"train=None: {data!r} is one file, to test on; the path of another, to train on, is accepted")
-    training, selecting = _parts(load_data(train or data, "train", n_train), held_out, seed, x.dtype)
-    how: dict[str, Any] = {"variant": variant, "tau": tau, "eta": eta, "beta": beta, "noise": noise, "penalty": penalty}
-    how |= {"batch_size": batch_size, "attack": attack, "attack_options": dict(attack_options or {}), "seed": seed}
+    sample = load_data(train or data, "train", n_train)
+    sums["train_sha256"] = checksum(sample)
+    if sums["train_sha256"] == sums["data_sha256"]:
+        raise ValueError(f"train={train!r}: these are the samples of {data!r}, to test on; others are accepted")
+    training, selecting = _parts(sample, held_out, how["seed"], x.dtype)
     about = {"data": data, "model": model, "norm": norm, "eps": threat.eps, "order": str(threat.order), **how, **sums}
-    about |= {"epochs": epochs, "n_train": len(training[0]), "n_validation": len(selecting[0]), "n": len(x)}
-    about |= {"train": train or data, "dtype": dtype, "device": device, "autocast": autocast}
+    about |= {"epochs": epochs, "train": train or data, "validation": held_out, "n_train": len(sample[0])}
+    about |= {"n_validation": len(selecting[0]), "n": len(x), "dtype": dtype, "device": device}
     check_writable(Path(output))
 
     path = Path(output) / _file_name(about)
-    before = _judged(net, x, y, threat, seed, batch_size)
-    run: dict[str, Any] = {"epochs": epochs, "autocast": autocast, "checkpoint": path.with_suffix(".pt")}
-    tuned = finetune(net, training, selecting, threat, test=(x, y), **how, **run)
+    run: dict[str, Any] = {"epochs": epochs, "checkpoint": path.with_suffix(".pt"), "test": (x, y)}
+    tuned = finetune(net, training, selecting, threat, **how, **run)
     history = [asdict(epoch) for epoch in tuned.history]
-    after = _judged(tuned.model, x, y, threat, seed, batch_size)
+    before, after = (_judged(one, x, y, threat, how["seed"], how["batch_size"]) for one in (net, tuned.model))
     record = {"parameters": about, "epoch": tuned.epoch, "before": before, "after": after, "history": history}
     record["provenance"] = provenance(device)
     with write_atomically(path.with_suffix(".weights.pt")) as file:
@@ -156,16 +166,19 @@ def _judged(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, bat
     from wda.training import score
 
     x, y = (part.to(next(net.parameters()).device) for part in (x, y))
-    published = score(net, x, y, threat, seed=seed, batch_size=batch_size)
+    loss = "redlr" if net(x[:1]).shape[1] > 2 else "margin"
+    published = score(net, x, y, threat, options={"loss": loss}, seed=seed, batch_size=batch_size)
     found = distances(net, x, y, threat.norm, threat.box, seed=seed, batch_size=batch_size)
     far = [round(d, 8) if d < math.inf else None for d in found.distance.tolist()]
     return {**asdict(published), "distance": far}
 
 
 def _file_name(about: Mapping[str, Any]) -> str:
-    """A name that differs wherever the settings of the tables do."""
-    tuned = f"{about['variant']}_tau{about['tau']:g}_eta{about['eta']:g}_{about['attack']}_{about['penalty']}"
-    return f"{case(about)}_{tuned}_s{about['seed']}_{about['dtype']}.json"
+    """A name that differs wherever what decides the run does, but for how long it is and where it runs."""
+    decides = {key: value for key, value in about.items() if key not in ("epochs", "device")}
+    mark = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    tuned = f"{about['variant']}_tau{about['tau']:g}_eta{about['eta']:g}_{about['attack']}_s{about['seed']}"
+    return f"{case(about)}_{tuned}_{about['dtype']}_{mark}.json"
 
 
 def tuning_table(record: Record, orders: Sequence[float] = (math.inf, 2, 1)) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -50,7 +51,10 @@ def batch_budget(own: float, whole: float, threat: Threat) -> float:
     """
     if whole == 0 or math.isinf(threat.order):
         return threat.eps
-    return threat.eps * math.pow(own / whole, 1 / (threat.order - 1))
+    try:
+        return threat.eps * math.pow(own / whole, 1 / (threat.order - 1))
+    except OverflowError:  # the order is close to 1
+        return sys.float_info.max
 
 
 def estimate(

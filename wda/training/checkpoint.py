@@ -17,6 +17,7 @@ from wda.weights import read
 __all__ = ["digest", "restore", "store"]
 
 _FORMAT = "wda.training 1"
+_OTHERWISE = "remove it, or name another file"
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -71,14 +72,14 @@ def restore(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str, A
         return None
     held = read(path)
     if held.get("format") != _FORMAT:
-        raise ValueError(f"checkpoint={str(path)!r} is no checkpoint of wda.training.finetune: name another file")
+        raise ValueError(f"checkpoint={str(path)!r} is no checkpoint of wda.training.finetune: {_OTHERWISE}")
     for what in {**run, **held["run"]}:
         before, value = held["run"].get(what), run.get(what)
         if before != value and what in ("model", "train", "validation", "test"):
-            raise ValueError(f"checkpoint={str(path)!r} is of a run with another {what}: name another file")
+            raise ValueError(f"checkpoint={str(path)!r} is of a run with another {what}: {_OTHERWISE}")
         if before != value:
             raise ValueError(
                 f"checkpoint={str(path)!r} is of a run with {what}={before!r}, this one has {value!r}: "
-                "go on with the former, or name another file"
+                f"go on with the former, {_OTHERWISE}"
             )
     return dict(held["state"])

@@ -48,9 +48,9 @@ def finetune(
     Each step takes a batch, moves it by an attack, and goes down the gradient of the mean `objective` there. The attack
     by default, W-PGD-Budget, estimates the sensitivity from a share of the training sample, updates
     :math:`\Upsilon\leftarrow\Upsilon+\eta(\hat\Upsilon-\Upsilon)`, which is :math:`\hat\Upsilon` at first, and moves
-    the batch by W-PGD within `batch_budget`. Any other attack moves each batch within the radius of the
-    threat, as if it were the whole sample. With order infinity this is TRADES (Zhang et al. 2019), but for the penalty
-    and the attack's loss.
+    the batch by W-PGD within `batch_budget`, on ReDLR with the labels y, where eq. 5.2 has a prediction. Any other
+    attack moves each batch within the radius of the threat, as if it were the whole sample. With order infinity this is
+    TRADES (Zhang et al. 2019), but for the attack's loss and, beside its authors' code, the penalty.
 
     Parameters
     ----------
@@ -127,20 +127,21 @@ def finetune(
         beta=beta,
         noise=noise,
         batch_size=batch_size,
-        share=share,
         penalty=penalty,
-        momentum=momentum,
         attack=attack,
-        attack_options=dict(attack_options or {}),
+        attack_options={} if attack_options is None else attack_options,
         seed=seed,
         autocast=autocast,
+        share=share,
+        momentum=momentum,
     )
     epochs = whole("epochs", epochs)
     interval = number("interval", interval, "a number of seconds >= 0", 0, math.inf)
     samples = {"train": train, "validation": validation} | ({} if test is None else {"test": test})
     run = Run(model, samples, threat, settings, checkpoint, interval)
-    if run.epoch - 1 > epochs:
-        raise ValueError(f"epochs={epochs}: the checkpoint has done {run.epoch - 1} already; as many are accepted")
+    if run.done > epochs * run.batches:
+        done = run.done / run.batches
+        raise ValueError(f"epochs={epochs}: the checkpoint has done {done:.3g} already; as many are accepted")
     left = Progress(epochs * run.batches, run.done, progress)
     while run.epoch <= epochs:
         run.train_epoch(epochs, left)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wda.attacks import kind, sensitivity
+from wda.attacks import options, sensitivity
 from wda.checks import choice, flag, number, whole
 from wda.files import check_writable
 from wda.losses import ce
@@ -30,6 +32,8 @@ from wda.training.variants import VARIANTS, disturb
 
 Sample = tuple[Tensor, Tensor]
 
+_log = logging.getLogger("wda")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,19 +45,23 @@ class Settings:
     beta: float
     noise: float
     batch_size: int
-    share: float
     penalty: str
-    momentum: float
     attack: str
-    attack_options: dict[str, Any]
+    attack_options: Mapping[str, Any]
     seed: int
     autocast: bool
+    share: float = 0.1
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         most = sys.float_info.max
         choice("variant", self.variant, VARIANTS)
         choice("penalty", self.penalty, PENALTIES)
-        kind(self.attack)
+        if not isinstance(self.attack_options, Mapping):
+            raise TypeError(f"attack_options={self.attack_options!r}: a mapping from names to values is accepted")
+        object.__setattr__(self, "attack_options", dict(self.attack_options))
+        for name in self.attack_options:
+            choice(f"attack_options of {self.attack!r}", name, options(self.attack))
         for name, accepted, least, largest in (
             ("tau", "a finite number > 0", 5e-324, most),
             ("eta", "a number > 0, up to 1,", 5e-324, 1),
@@ -64,7 +72,7 @@ class Settings:
         ):
             object.__setattr__(self, name, number(name, getattr(self, name), accepted, least, largest))
         whole("batch_size", self.batch_size)
-        whole("seed", self.seed, 0)
+        whole("seed", self.seed, 0, 2**63 - 1)
         flag("autocast", self.autocast)
 
 
@@ -88,7 +96,9 @@ class Run:
         self.x, self.y = self.samples["train"]
         if len(labels := self.y.unique()) == 1:
             raise ValueError(f"train: all {len(self.y)} labels are {int(labels)}; at least two classes are accepted")
-        self.batches = math.ceil(len(self.x) / settings.batch_size)
+        # a last batch of one joins the one before it: BatchNorm, for one, cannot train on it
+        full, rest = divmod(len(self.x), settings.batch_size)
+        self.batches = full + (rest > 1 or full == 0)
         self.passes: dict[str, Any] = {"batch_size": settings.batch_size, "autocast": settings.autocast}
 
         with Oracle(model) as oracle:
@@ -117,9 +127,11 @@ class Run:
 
     def train_epoch(self, epochs: int, left: Progress) -> None:
         """What is left of the epoch; then the scores, and the choice of the best."""
-        order = permutation(len(self.x), self.how.seed, self.epoch).split(self.how.batch_size)
+        order = permutation(len(self.x), self.how.seed, self.epoch)
+        ends = [*range(0, self.batches * self.how.batch_size, self.how.batch_size), len(order)]
         while self.batch < self.batches:
-            self._step(order[self.batch])
+            with torch.enable_grad():
+                self._step(order[ends[self.batch] : ends[self.batch + 1]])
             self.batch += 1
             if time.monotonic() - self.stored >= self.interval:
                 self._store()
@@ -131,6 +143,7 @@ class Run:
     def result(self) -> FineTuned:
         """The model of the best epoch, in the modes of the one given."""
         self.model.load_state_dict(self.best)
+        self.model.zero_grad()
         for module, as_given in zip(self.model.modules(), self.given.modules(), strict=True):
             module.training = as_given.training
         return FineTuned(self.model, self.best_epoch, tuple(self.history))
@@ -224,8 +237,11 @@ class Run:
         )
 
     def _identity(self) -> dict[str, Any]:
+        layers = (type(module).__qualname__ for module in self.given.modules())
+        ours = {id(weights) for weights in self.parameters}
+        trained = (name for name, weights in self.model.named_parameters() if id(weights) in ours)
         return {
-            "model": digest(self.given.state_dict()),
+            "model": " ".join([digest(self.given.state_dict()), *layers, *trained]),
             **{name: digest({"x": x, "y": y}) for name, (x, y) in self.samples.items()},
             "threat": f"{self.threat!r}",
             **asdict(self.how),
@@ -252,6 +268,7 @@ class Run:
         self.history = [_epoch(entry) for entry in state["history"]]
         for name in _PLACE:
             setattr(self, name, state[name])
+        _log.info("%s: the run goes on in epoch %d, after %d batches", self.path, self.epoch, self.batch)
         return True
 
 

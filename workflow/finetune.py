@@ -4,9 +4,9 @@
     python workflow/finetune.py digits-cnn         # one network only
 
 One record for each run, in data/results/finetune; the weights beside it are not kept in the repository. Runs that were
-killed go on where they were. The network for MNIST needs the files under WDA_DATA. Records on
-the digits of one configuration also get the certified radius of each test image, before and after: the other side of
-the bracket.
+killed go on where they were. The network for MNIST needs the files under WDA_DATA. Records of one configuration also
+get certified radii of test images, before and after: the other side of the bracket. Those for MNIST, where that says
+little, also get the nearest errors of a longer search.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import argparse
 import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
+from wda.attacks import distances
 from wda.certificates import radius
 from wda.certificates.radius import verified
 from wda.data import data_folder
@@ -35,6 +38,7 @@ DIGITS = {"data": "digits", "eps": 0.1, "epochs": 6, "batch_size": 64}
 MNIST = {"data": "mnist", "eps": 0.3, "epochs": 3, "batch_size": 128, "n": 1000, "dtype": "float32"}
 MAIN = {"variant": "whole", "tau": 0.01, "eta": 1.0}
 CERTIFIED = {**MAIN, **W2}  # five minutes each on the digits, half an hour for MNIST
+LONGER, SOME = {"steps": 200, "restarts": 10}, 100  # a longer search for MNIST, on so many images
 ONLY, FEW = "0.1", 20  # the radius tried for MNIST, on so many images
 GIVEN = FOLDER.parent / "bracket" / "mnist_trades_smallcnn_Linf_linear_n20.json"  # the same for the network as given
 # few steps, but towards the nearest errors: what the budget pays for is moved, and nothing else
@@ -61,13 +65,19 @@ def recorded() -> list[dict[str, Any]]:
     return [load(path)["parameters"] for path in FOLDER.glob("*.json")]
 
 
-def certified(about: dict[str, Any], weights: Path | None) -> list[float]:
-    """The radius within which each test image provably has no error, as given or with other weights."""
-    if about["data"] == "mnist" and weights is None:
-        return Bracket.load(GIVEN).radius.tolist()
+def network(about: dict[str, Any], weights: Path | None) -> tuple[Tensor, Tensor, nn.Module]:
+    """The test sample, and the network as given or with other weights."""
     x, y, net, _ = load_inputs(about["data"], about["model"], about["n"], about["dtype"], about["device"])
     if weights is not None:
         net.load_state_dict(state_dict(weights))
+    return x, y, net
+
+
+def certified(about: dict[str, Any], weights: Path | None) -> list[float]:
+    """The radius within which each test image provably has no error."""
+    if about["data"] == "mnist" and weights is None:
+        return Bracket.load(GIVEN).radius.tolist()
+    x, y, net = network(about, weights)
     if about["data"] == "digits":
         return radius(net, x, y, about["norm"]).tolist()
     # a certificate takes a minute there: no search
@@ -75,17 +85,23 @@ def certified(about: dict[str, Any], weights: Path | None) -> list[float]:
     return [float(ONLY) if held else 0.0 for held in holds.tolist()]
 
 
-def certify(paths: list[Path]) -> None:
-    """Add certified radii, before and after, to the records of a network."""
-    given = next((load(path)["before"]["radius"] for path in paths if "radius" in load(path)["before"]), None)
+def searched(about: dict[str, Any], weights: Path | None) -> list[float]:
+    """The distance of the nearest error to each of the first test images, by a longer search."""
+    x, y, net = network(about, weights)
+    return distances(net, x[:SOME], y[:SOME], about["norm"], seed=about["seed"], **LONGER).distance.tolist()
+
+
+def check(key: str, measure: Callable[[dict[str, Any], Path | None], list[float]], paths: list[Path]) -> None:
+    """Add what is measured before and after to the records of a network; before only once."""
+    given = next((load(path)["before"][key] for path in paths if key in load(path)["before"]), None)
     for path in paths:
         record = load(path)
         about = record["parameters"]
-        if not CERTIFIED.items() <= about.items() or "radius" in record["after"]:
+        if not CERTIFIED.items() <= about.items() or key in record["after"]:
             continue
-        print(f"certify {path.name}", flush=True)
-        given = record["before"]["radius"] = given or certified(about, None)
-        record["after"]["radius"] = certified(about, path.with_suffix(".weights.pt"))
+        print(f"{key}: {path.name}", flush=True)
+        given = record["before"][key] = given or measure(about, None)
+        record["after"][key] = measure(about, path.with_suffix(".weights.pt"))
         save(record, path)
 
 
@@ -102,7 +118,10 @@ def main() -> None:
         run_finetune(**settings, output=FOLDER)
     for model in sorted({about["model"] for about in recorded()}):
         if only in (None, model):
-            certify([path for path in sorted(FOLDER.glob("*.json")) if load(path)["parameters"]["model"] == model])
+            paths = [path for path in sorted(FOLDER.glob("*.json")) if load(path)["parameters"]["model"] == model]
+            check("radius", certified, paths)
+            if model.startswith("mnist"):
+                check("longer", searched, paths)
 
 
 if __name__ == "__main__":

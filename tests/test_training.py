@@ -773,6 +773,7 @@ def test_what_cannot_be_run_is_refused_before_any_work(tmp_path: Path, monkeypat
         ({"attack_options": "steps=3"}, "attack_options='steps=3': a mapping"),
         ({"epochs": 0}, "epochs=0"),
         ({"variant": "lst"}, "variant='lst'"),
+        ({"attack": "wpdg"}, "attack='wpdg'"),
     ):
         with pytest.raises((ValueError, TypeError), match=named):
             run_finetune(**{**SMALL, **changed}, output=tmp_path)

@@ -20,6 +20,7 @@ from wda.data import load as load_data
 from wda.experiment.cells import checksum, load_inputs
 from wda.experiment.records import Record, case, provenance, save
 from wda.files import check_writable, write_atomically
+from wda.passes import Oracle
 from wda.threat import Threat
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ def run_finetune(
     if threat.order == 1:
         raise ValueError(f"order={order!r}: a number > 1, or inf, is accepted: W-PGD judges the result")
     how: dict[str, Any] = {"variant": variant, "tau": tau, "eta": eta, "beta": beta, "noise": noise, "penalty": penalty}
-    how |= {"batch_size": batch_size, "attack": attack, "attack_options": attack_options or {}, "seed": seed}
-    how = asdict(Settings(**how, autocast=autocast))
+    how |= {"batch_size": batch_size, "attack": attack, "seed": seed, "autocast": autocast}
+    how = asdict(Settings(**how, attack_options={} if attack_options is None else attack_options))
     epochs = whole("epochs", epochs)
     held_out = number("validation", validation, "a number between 0 and 1", 1e-9, 1 - 1e-9)
     x, y, net, sums = load_inputs(data, model, n, dtype, device)
@@ -166,7 +167,8 @@ def _judged(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, bat
     from wda.training import score
 
     x, y = (part.to(next(net.parameters()).device) for part in (x, y))
-    loss = "redlr" if net(x[:1]).shape[1] > 2 else "margin"
+    with Oracle(net) as oracle:
+        loss = "redlr" if oracle.classes(x[:1]) > 2 else "margin"
     published = score(net, x, y, threat, options={"loss": loss}, seed=seed, batch_size=batch_size)
     found = distances(net, x, y, threat.norm, threat.box, seed=seed, batch_size=batch_size)
     far = [round(d, 8) if d < math.inf else None for d in found.distance.tolist()]

@@ -99,9 +99,13 @@ def check(key: str, measure: Callable[[dict[str, Any], Path | None], list[float]
         about = record["parameters"]
         if not CERTIFIED.items() <= about.items() or key in record["after"]:
             continue
+        weights = path.with_suffix(".weights.pt")
+        if not weights.is_file():
+            print(f"{key}: {weights.name} is not there; without its record the run would be made again", flush=True)
+            continue
         print(f"{key}: {path.name}", flush=True)
         given = record["before"][key] = given or measure(about, None)
-        record["after"][key] = measure(about, path.with_suffix(".weights.pt"))
+        record["after"][key] = measure(about, weights)
         save(record, path)
 
 

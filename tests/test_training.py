@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -803,6 +804,9 @@ def test_tuned_weights_have_a_name(tmp_path: Path) -> None:
     assert same(weights(wda.models.load(f"digits-mlp@{path}")), weights(tuning.model))
     with pytest.raises(ValueError, match="do not fit"):
         wda.models.load(f"digits-cnn@{path}")
+    run_finetune(**{**SMALL, "model": f"digits-mlp@{path}", "epochs": 1}, output=tmp_path / "further")
+    (further,) = (tmp_path / "further").glob("*.json")
+    assert re.fullmatch(r"digits_digits-mlp-[0-9a-f]{8}_Linf_.*", further.name)
 
 
 def test_the_network_for_mnist_can_be_fine_tuned(wda_data: Path, tmp_path: Path) -> None:

@@ -387,7 +387,8 @@ def case(p: Mapping[str, Any]) -> str:
 
 
 def _file_name_part(name: str, sha256: str) -> str:
-    plain = re.sub(r"[^\w.-]+", "-", name.removesuffix(".npz")).strip(".-")
+    # the checksum stands for the weights too, whose own name may be as long as a record's
+    plain = re.sub(r"[^\w.-]+", "-", name.partition("@")[0].removesuffix(".npz")).strip(".-")
     return f"{plain}-{sha256[:8]}" if name.endswith(".npz") or {*name} & {*":@"} else plain
 
 

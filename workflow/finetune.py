@@ -27,7 +27,7 @@ from wda.certificates.radius import verified
 from wda.data import data_folder
 from wda.evaluate import Bracket
 from wda.experiment import load_inputs, run_finetune
-from wda.experiment.records import load, save
+from wda.experiment.records import Record, load, save
 from wda.weights import state_dict
 
 FOLDER = Path(__file__).parents[1] / "data" / "results" / "finetune"
@@ -60,9 +60,10 @@ def runs() -> Iterator[dict[str, Any]]:
             yield {**MNIST, **MAIN, **W2, **attack, "model": "mnist_trades_smallcnn", "seed": seed}
 
 
-def recorded() -> list[dict[str, Any]]:
-    """The settings of the runs that have a record."""
-    return [load(path)["parameters"] for path in FOLDER.glob("*.json")]
+def recorded(model: str | None) -> dict[Path, Record]:
+    """The records there are, of one network or of all."""
+    records = {path: load(path) for path in sorted(FOLDER.glob("*.json"))}
+    return {path: record for path, record in records.items() if model in (None, record["parameters"]["model"])}
 
 
 def network(about: dict[str, Any], weights: Path | None) -> tuple[Tensor, Tensor, nn.Module]:
@@ -91,17 +92,17 @@ def searched(about: dict[str, Any], weights: Path | None) -> list[float]:
     return distances(net, x[:SOME], y[:SOME], about["norm"], seed=about["seed"], **LONGER).distance.tolist()
 
 
-def check(key: str, measure: Callable[[dict[str, Any], Path | None], list[float]], paths: list[Path]) -> None:
+def check(key: str, measure: Callable[[dict[str, Any], Path | None], list[float]], model: str) -> None:
     """Add what is measured before and after to the records of a network; before only once."""
-    given = next((load(path)["before"][key] for path in paths if key in load(path)["before"]), None)
-    for path in paths:
-        record = load(path)
+    records = recorded(model)
+    given = next((record["before"][key] for record in records.values() if key in record["before"]), None)
+    for path, record in records.items():
         about = record["parameters"]
         if not CERTIFIED.items() <= about.items() or key in record["after"]:
             continue
         weights = path.with_suffix(".weights.pt")
         if not weights.is_file():
-            print(f"{key}: {weights.name} is not there; without its record the run would be made again", flush=True)
+            print(f"{key}: {weights.name} is not there; remove the record to make the run again", flush=True)
             continue
         print(f"{key}: {path.name}", flush=True)
         given = record["before"][key] = given or measure(about, None)
@@ -115,17 +116,16 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="only this one")
     only = parser.parse_args().model
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    done = [record["parameters"] for record in recorded(only).values()]
     for settings in runs():
-        if only not in (None, settings["model"]) or any(settings.items() <= about.items() for about in recorded()):
+        if only not in (None, settings["model"]) or any(settings.items() <= about.items() for about in done):
             continue
         print(", ".join(f"{key} {value}" for key, value in settings.items()), flush=True)
         run_finetune(**settings, output=FOLDER)
-    for model in sorted({about["model"] for about in recorded()}):
-        if only in (None, model):
-            paths = [path for path in sorted(FOLDER.glob("*.json")) if load(path)["parameters"]["model"] == model]
-            check("radius", certified, paths)
-            if model.startswith("mnist"):
-                check("longer", searched, paths)
+    for model in sorted({record["parameters"]["model"] for record in recorded(only).values()}):
+        check("radius", certified, model)
+        if model.startswith("mnist"):
+            check("longer", searched, model)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wda.attacks import options, sensitivity
+from wda.attacks import kind, options, sensitivity
 from wda.checks import choice, flag, number, whole
 from wda.files import check_writable
 from wda.losses import ce
@@ -57,13 +57,13 @@ class Settings:
         most = sys.float_info.max
         choice("variant", self.variant, VARIANTS)
         choice("penalty", self.penalty, PENALTIES)
-        accepted = options(self.attack)
+        kind(self.attack)
         if not isinstance(self.attack_options, Mapping):
             raise TypeError(f"attack_options={self.attack_options!r}: a mapping from names to values is accepted")
         object.__setattr__(self, "attack_options", dict(self.attack_options))
         for name in self.attack_options:
-            choice(f"attack_options of {self.attack!r}", name, accepted)
-        for name, expected, least, largest in (
+            choice(f"attack_options of {self.attack!r}", name, options(self.attack))
+        for name, accepted, least, largest in (
             ("tau", "a finite number > 0", 5e-324, most),
             ("eta", "a number > 0, up to 1,", 5e-324, 1),
             ("beta", "a finite number >= 0", 0, most),
@@ -71,7 +71,7 @@ class Settings:
             ("share", "a number > 0, up to 1,", 5e-324, 1),
             ("momentum", "a number from 0 to 1", 0, 1),
         ):
-            object.__setattr__(self, name, number(name, getattr(self, name), expected, least, largest))
+            object.__setattr__(self, name, number(name, getattr(self, name), accepted, least, largest))
         whole("batch_size", self.batch_size)
         whole("seed", self.seed, 0, 2**63 - 1)
         flag("autocast", self.autocast)

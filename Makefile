@@ -4,7 +4,8 @@ VENV := $(if $(filter wda,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX),.venv)
 BIN  := $(VENV)/bin
 UV   := $(BIN)/uv pip
 
-# The number of threads decides how torch splits a sum, and so its last bits: fixed, whatever the machine has.
+# The number of threads decides how torch splits a sum, and so its last bits: fixed, so that a run here is the same
+# again. Nothing that is tested may hang on it.
 # MKL_DYNAMIC would otherwise let MKL take fewer than asked for.
 export OMP_NUM_THREADS ?= 2
 export MKL_DYNAMIC ?= FALSE
@@ -19,13 +20,13 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export CHROMIUM ?= $(shell for b in chromium chromium-browser google-chrome; do command -v $$b && break; done)
 export CHROMEDRIVER ?= $(shell command -v chromedriver)
 
-# Where notebooks run in place leave their records, and go on from them: a test of them must begin afresh.
+# Where notebooks run in place leave their records, and go on from them: new outputs must begin afresh.
 RESUMED := notebooks/results/ablations notebooks/results/table1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments theory recession hunt attacks finetune sweeps kills slurm cost benchmarks models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory recession hunt attacks finetune sweeps kills slurm cost machines benchmarks models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -33,10 +34,9 @@ help:  ## this list
 book: env _build/inputs  ## run the chapters and write _build/html/index.html; a warning or a failing cell is an error
 	$(BIN)/jupyter-book build -W --keep-going .
 
-# Two processes, each file in one of them: what a notebook's cells share is in one kernel.
+# Two processes, each file in one of them: what a file's tests share is made once.
 # Without a browser nothing reads the built pages, and their tests skip with that reason.
 test: env $(if $(and $(CHROMIUM),$(CHROMEDRIVER)),book)  ## unit tests, notebooks against their stored outputs, pages in Chromium
-	@rm -rf $(RESUMED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env  ## ruff and mypy
@@ -82,6 +82,9 @@ slurm: env  ## run a sweep here and through a Slurm of one node, as root, and re
 
 cost: env  ## count what Table 1 would cost on this device (2 minutes; with a GPU: workflow/cost.py --device cuda)
 	$(BIN)/python workflow/cost.py
+
+machines: env  ## run both README commands as on nine other machines, in fresh clones, and record how they end (hours)
+	$(BIN)/python workflow/machines.py
 
 benchmarks: env  ## time the package against yardsticks in the same run
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done

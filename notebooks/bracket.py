@@ -87,7 +87,7 @@ found, path = experiment.run_bracket(
 attack_time, certificate_time = found.seconds
 print(f"{path}: attack {attack_time:.1f} s, certificate {certificate_time:.1f} s")
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"] tolerance=10
 print(f"accuracy over {found.threat}: {100 * found.lower:.1f} % to {100 * found.upper:.1f} %")
 print(f"{len(found.radius)} samples, {int(found.exact.sum())} distances exact")
 if found.why:
@@ -98,7 +98,7 @@ if found.why:
 # ball around this sample. `population` is for the ball around the distribution that the sample was drawn from; it holds
 # for all balls at once.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"] tolerance=10
 radii = [share * found.threat.eps for share in (0.25, 0.5, 1, 2)]
 print(experiment.bracket_table(found, radii, confidence).round(1).to_string())
 

@@ -41,7 +41,7 @@ certify = "linear"  # "interval" is faster, "optimised" tighter, "milp" exact; "
 n = 100  # only the first n samples; None for all
 seed = 0
 batch_size = 256
-dtype = "float64"  # the same result on every machine; "float32" for large models
+dtype = "float64"  # the same on other machines but for rounding; "float32" for large models
 device = "cpu"  # or "cuda"
 output = "results/own-model"  # the folder of all that is kept, made if needed
 
@@ -79,7 +79,7 @@ print(*balls, sep="\n")
 # some passes on the sample to look for the usual mistakes. Inputs outside [0, 1], labels without a logit, and NaN at
 # every sample are errors; the rest is said in words.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"]
 x, y, net, _ = experiment.load_inputs(data, model, n, dtype, device)
 size = sum(parameter.numel() for parameter in net.parameters())
 print(f"{len(x)} samples of shape {tuple(x.shape[1:])} in [{x.min():g}, {x.max():g}], labels {y.min()} to {y.max()}")
@@ -93,7 +93,7 @@ for doubt in experiment.doubts(net, x, y, batch_size) or ["nothing speaks agains
 # First the usual question: every image may move by at most the radius, that is, a ball of order infinity. Accuracy in
 # per cent; `clean` is that on the sample. A record of each run is kept.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"] tolerance=10
 about = {"data": data, "model": model, "n": n, "dtype": dtype, "device": device, "seed": seed, "batch_size": batch_size}
 records = []
 for eps in radii:
@@ -117,7 +117,7 @@ else:
     bracket = wda.bracket(net, x, y, balls[0], method=certify, **search)
     found, why = bracket.distances, bracket.why
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"] tolerance=1
 if why:
     print(f"no certificate: {why}")
 else:
@@ -129,7 +129,7 @@ print(f"found, at the median: an error at {found.distance.median():.2g}")
 # leaves `attacked`. The truth is between the two. The ball of order 1 is the largest: there the budget may go where it
 # pays. In that of order infinity every image has the same.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"] tolerance=10
 rows = []
 for ball in balls:
     row = {"ball": str(ball), "attacked": 100 * float(found.robust_accuracy(ball.eps, ball.order))}
@@ -161,7 +161,7 @@ legend = panel.legend(title="thick: attacked\nthin: certified" if not why else N
 # nearest errors does in the same ball; or for some images that search found no error at all. More `restarts` and
 # `steps` (options of "closest") are the remedy, and a second look at how the model is set up.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"]
 nearest = results.eps.map(lambda eps: float(found.robust_accuracy(eps, "inf")))
 for better in results[results.accuracy < nearest - 1e-9].itertuples():
     print(f"{better.attack} at {better.eps:g} leaves {100 * better.accuracy:.1f} %, less than the nearest errors do")

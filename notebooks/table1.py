@@ -48,7 +48,7 @@ settings = {}  # options of attacks other than their defaults, such as {"wda": {
 n = 100  # only the first n samples; None for all
 seed = 0
 batch_size = 256
-dtype = "float64"  # the same result on every machine; "float32" for large models
+dtype = "float64"  # the same on other machines but for rounding; "float32" for large models
 device = "cpu"  # or "cuda"
 output = "results/table1"  # the folder of the records, made if needed
 
@@ -88,7 +88,7 @@ print(f"records in {output}")
 # κε, and `closest` spends the budget where it flips the most. At κ = 1 `wda` keeps each image within ε, so that its
 # number may be held against either side; at κ = 2 it may not. Compare within a ball.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"] tolerance=10
 table = experiment.table1(results).round(1)
 for ball in table.columns.unique(0):
     print(f"{ball}\n{table[ball].to_string()}\n")
@@ -96,7 +96,7 @@ for ball in table.columns.unique(0):
 # %% [markdown]
 # What each cost, in passes per image, with Wilson's interval for the accuracy, at least 95 %.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"] tolerance=10
 print(experiment.costs(results).drop(columns="transport cost").to_string(index=False))
 
 # %% [markdown]
@@ -105,7 +105,7 @@ print(experiment.costs(results).drop(columns="transport cost").to_string(index=F
 # Published and reproduced, in per cent, and their difference in points. RobustBench evaluates the whole test set, of
 # ImageNet 5,000 images. Of fewer images, Wilson's interval says how much a difference can mean.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"]
 rows = experiment.beside_published(results)
 run, columns = rows[rows.reproduced.notna()], ["attack", "published", "reproduced", "low", "high", "difference"]
 for (model, ball), part in run.groupby(["model", "ball"], sort=False):
@@ -118,7 +118,7 @@ if run.empty:
 # The rows that were not run here, and what fetches them; then run this notebook with their names as `models`. All
 # at once they are the sweep `table1`: `wda sweep table1`, or on a cluster `wda sweep table1 --profile slurm`.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"]
 missing = rows[~rows.model.isin(run.model)].drop_duplicates("model")
 print(f"{len(missing)} of {rows.model.nunique()} rows not run here")
 for source, part in missing.groupby("data", sort=False):
@@ -127,7 +127,7 @@ for source, part in missing.groupby("data", sort=False):
 # %% [markdown]
 # ## What failed
 
-# %% tags=["nbval-check-output"]
+# %% tags=["check-output"]
 for failure in failed:
     print(f"{failure.model}: {', '.join(failure.attacks)}\n    {failure.error}")
 print(f"{len(failed) or 'nothing'} failed")

@@ -141,7 +141,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     chrome = webdriver.Chrome(options=options, service=Service(driver))
-    chrome.set_script_timeout(60)
+    chrome.set_script_timeout(600)
     yield chrome
     chrome.quit()
 

@@ -352,15 +352,3 @@ def test_two_balls_are_never_in_one_column(tmp_path: Path) -> None:
     assert (wide[MEAN, "closest"] <= wide[NEAR, "closest"]).all()
     with pytest.raises(ValueError, match="two results are of"):
         table1(frame(records + records))
-
-
-# -- the notebook as it is stored --------------------------------------------------------------------------------------
-
-
-def test_the_stored_table_is_what_the_code_finds(tmp_path: Path) -> None:
-    """The notebook reads records of an earlier run of its own, if there are any, so nbval alone would not see this."""
-    records, _, _ = quick(tmp_path, ["digits-mlp", "digits-cnn-adv"], attacks=["wda", "closest"], n=100)
-    text = said(NOTEBOOK)
-    for name, row in table1(frame(records))[MEAN].round(1).iterrows():
-        [line] = [ln for ln in text.splitlines() if ln.split() == [name[0], "Linf", "0.1", *map(str, row)]]
-        assert line

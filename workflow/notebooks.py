@@ -20,7 +20,7 @@ def refresh(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     NotebookClient(
-        notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(path.parent)}}
+        notebook, timeout=None, record_timing=False, resources={"metadata": {"path": str(path.parent)}}
     ).execute()
     notebook.metadata.pop("language_info", None)
     nbformat.write(notebook, path)

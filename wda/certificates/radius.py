@@ -168,10 +168,9 @@ def by_programs(
 
     Examples
     --------
-    >>> import wda
-    >>> x, y = wda.data.load("digits", n=2)
-    >>> net = read(wda.models.load("digits-mlp"), (1, 8, 8))
-    >>> by_programs(net, x, y, "Linf", (0.0, 1.0), time_limit=60.0).exact.tolist()
+    >>> net = read(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double(), (2,))
+    >>> x = torch.rand(2, 2).double()
+    >>> by_programs(net, x, net(x).argmax(1), "Linf", (0.0, 1.0), time_limit=math.inf).exact.tolist()
     [True, True]
     """
     progress = search.get("progress")

@@ -30,8 +30,9 @@ from wda.attacks.wda import wda
 from wda.attacks.wpgd import sensitivity, wfgsm, wpgd
 from wda.checks import choice, number, whole
 from wda.distribution import AdversarialDistribution
+from wda.inspection import inspected
 from wda.norms import project, round_inward
-from wda.passes import Model, Oracle, batches, check_sample, inspected
+from wda.passes import Model, Oracle, batches, check_sample
 from wda.threat import Threat
 
 __all__ = ["Distances", "attack", "available", "check_kappa", "distances", "kind", "options", "sensitivity"]
@@ -219,7 +220,7 @@ def attack(
         ball = replace(threat, eps=kappa * threat.eps * _INWARD, order=order)
     start = time.monotonic()
     x_adv = x.detach().clone()
-    with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y):
+    with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y, x_adv):
 
         def move(rows: slice) -> None:
             clean = oracle.to_model(x[rows]).detach()

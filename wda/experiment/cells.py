@@ -239,7 +239,7 @@ def _measure(cell: Cell, at: _Setting) -> Record:
     rows = samples(at.clean, _logits(at.net, points, cell.batch_size), at.y, distance, at.first)
     parameters = {**at.about, "eps": cell.eps, "order": cell.order, "attack": cell.attack, "kappa": cell.kappa}
     parameters |= {"options": {**options(cell.attack), **cell.options}}
-    passes = {key: round(getattr(counts, key), 8) for key in ("forward", "backward", "vanished")}
+    passes = {key: round(getattr(counts, key), 8) for key in ("forward", "backward", "vanished", "checks")}
     passes["seconds"] = counts.seconds
     record = {"parameters": parameters, **outcome(parameters, rows), "passes": passes, "samples": rows}
     # the batch that fitted, where memory was short a smaller one than the parameter

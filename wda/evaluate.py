@@ -344,6 +344,7 @@ def _confirmed(found: Distances, net: Net, options: dict[str, object]) -> Distan
             counts.backward + share * anew.counts.backward,
             counts.vanished,
             counts.seconds + anew.counts.seconds,
+            checks=counts.checks + share * anew.counts.checks,
         )
     return Distances(x, found.y, found.norm, found.box, distance, x_adv, rival, counts)
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from wda.losses import margin
 from wda.passes import Oracle, awake, check_labels, distrust, named, normalisers
 
-__all__ = ["inspected"]
+__all__ = ["examine", "inspected"]
 
-# So many samples are passed alone, so often in all, and then twice among others.
-_SAMPLES, _ALONE = 4, 32
+# So many samples are passed alone, so often in all, and then among themselves and behind so many others.
+_SAMPLES, _ALONE, _STRANGERS = 4, 32, 2
 # Logits that differ by more than this share of their spread, and so many units of rounding, differ.
 _SHARE, _UNITS = 1e-3, 16
 _VANISHED = 0.1
@@ -62,17 +62,10 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor, found: Tensor | None = None)
     >>> oracle.forward, oracle.checks > 32
     (4, True)
     """
-    once = oracle.check(x[:1])
-    check_labels(y, once.shape[1])
-    if once.isnan().any() and oracle.check(x).isnan().any(1).all():
-        raise ValueError("model(x) has NaN or infinite logits at every sample")
-    doubts = _doubts(oracle, x, y, x)
-    for doubt in doubts:
-        distrust(doubt)
+    trusted = examine(oracle, x, y)
     yield
-    if not doubts:
-        for doubt in _doubts(oracle, *_moved(x, y, x if found is None else found), x):
-            distrust(doubt)
+    if trusted:
+        _told(_doubts(oracle, *_moved(x, y, x if found is None else found), x))
     if oracle.invalid:
         bad = oracle.check(x).isnan().any(1).nonzero()[:, 0].tolist()
         stay = f"at {len(bad)} of {len(x)} samples{named(bad, 10)}, which stay where they are"
@@ -87,6 +80,28 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor, found: Tensor | None = None)
             f"{share:.0f} % of the gradients were zero at points still classified correctly: there the attack is "
             "blind, and the model need not be robust. A loss of logits (margin) may help, or a gradient-free attack"
         )
+
+
+def examine(oracle: Oracle, x: Tensor, y: Tensor) -> bool:
+    """Check labels and model: the first half of `inspected`. True where nothing speaks against the model.
+
+    Examples
+    --------
+    >>> x, y = torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)
+    >>> examine(Oracle(torch.nn.Linear(2, 3)), x, y)
+    True
+    """
+    once = oracle.check(x[:1])
+    check_labels(y, once.shape[1])
+    if once.isnan().any() and oracle.check(x).isnan().any(1).all():
+        raise ValueError("model(x) has NaN or infinite logits at every sample")
+    return not _told(_doubts(oracle, x, y, x))
+
+
+def _told(doubts: list[str]) -> list[str]:
+    for doubt in doubts:
+        distrust(doubt)
+    return doubts
 
 
 def _moved(x: Tensor, y: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +166,7 @@ def _differs_in_company(oracle: Oracle, points: Tensor, others: Tensor, alone: T
 
 def _in_company(oracle: Oracle, points: Tensor, others: Tensor) -> list[Tensor]:
     """The logits of the points among themselves, and in another order behind others; nothing for one point alone."""
-    n, strangers = len(points), others[-_SAMPLES:]
+    n, strangers = len(points), others[-_STRANGERS:]
     together = [oracle.check(points)] if n > 1 else []
     if len(others) > 1:
         together.append(oracle.check(torch.cat([strangers, points.flip(0)]))[len(strangers) :].flip(0))

@@ -170,7 +170,8 @@ def attack(
     Warns
     -----
     Untrustworthy
-        The model is random, has NaN logits, or many of its gradients are zero.
+        The model is random, or its logits depend on the other samples of a batch; it has NaN logits; or many of its
+        gradients are zero.
 
     Examples
     --------

@@ -158,7 +158,8 @@ def distances(
     Warns
     -----
     Untrustworthy
-        The model is random, has NaN logits, or many gradients are zero.
+        The model is random, or its logits depend on the other samples of a batch; it has NaN logits; or many
+        gradients are zero.
 
     Examples
     --------

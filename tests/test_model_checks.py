@@ -43,9 +43,11 @@ def said(call: Callable[[], object]) -> list[str]:
     return [part for part in (RANDOM, COMPANY, AWAKE) if any(part in message for message in messages)]
 
 
-def attacked(method: str, model: Logits, x: Tensor, y: Tensor, eps: float = 0.05, **options: object) -> object:
+def attacked(
+    method: str, model: Logits, x: Tensor, y: Tensor, threat: Threat | None = None, **options: object
+) -> wda.AdversarialDistribution:
     few = {key: value for key, value in FEW.items() if key in attacks.options(method)}
-    return wda.attack(method, model, x, y, Threat("Linf", eps, 2), progress=False, **{**few, **options})
+    return wda.attack(method, model, x, y, threat or Threat("Linf", 0.05, 2), progress=False, **{**few, **options})
 
 
 def sometimes(net: nn.Module, rate: float, seed: int) -> Logits:
@@ -336,7 +338,7 @@ def test_what_has_no_gradient_is_refused_in_words(model: Logits) -> None:
 
 def test_an_estimator_is_no_model_and_an_array_no_tensor() -> None:
     x, y = torch.rand(8, 4), torch.zeros(8, dtype=torch.int64)
-    with pytest.raises(TypeError, match="a torch.nn.Module, or another callable"):
+    with pytest.raises(TypeError, match=r"a torch\.nn\.Module, or another callable"):
         attacked("fgsm", object(), x, y)
     with pytest.raises(ValueError, match=r"model\(x\) is ndarray for 1 samples"):
         attacked("fgsm", lambda x: x.detach().numpy(), x, y)
@@ -364,3 +366,36 @@ def test_gradients_of_a_few_rivals_at_a_time_are_the_same(together: int) -> None
         torch.testing.assert_close(gradients[:, j], own)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("box", [(0.0, 0.001), (0.1, 0.3), (-1e-3, 7e-3), (1 / 3, 2 / 3), (-0.1, 1.3)], ids=str)
+def test_a_sample_on_the_sides_of_the_box_is_in_it_in_every_dtype(
+    box: tuple[float, float], norm: str, dtype: torch.dtype
+) -> None:
+    """Whatever way the dtype rounds the sides, a coordinate there is on them; and a bit further out is outside."""
+    low, high = torch.tensor(box, dtype=dtype)
+    x = torch.stack([low.repeat(4), high.repeat(4), torch.stack([low, high, low, high])])
+    net = nn.Linear(4, 3).to(dtype)
+    y, width = net(x).argmax(1), box[1] - box[0]
+    for method, eps in (("fgsm", 0.0), ("closest", 0.3 * width)):
+        adv = attacked(method, net, x, y, Threat(norm, eps, 1, box=box))
+        assert adv.audit() <= eps
+        assert ((adv.points >= low) & (adv.points <= high)).all()
+    for outside in (torch.nextafter(low, low - 1), torch.nextafter(high, high + 1)):
+        with pytest.raises(ValueError, match="outside box="):
+            wda.attack("fgsm", net, outside.repeat(1, 4), y[:1], Threat(norm, 0.1 * width, box=box))
+        with pytest.raises(wda.BudgetExceeded, match="leaves box="):
+            wda.AdversarialDistribution.from_points(
+                x, torch.where(x == x[0, 0], outside, x), y, Threat(norm, 9.0, box=box)
+            ).audit()
+
+
+def test_a_bracket_is_about_the_box_of_its_sample() -> None:
+    box = (0.0, 0.001)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x = 0.001 * torch.rand(6, 4).round()
+    b = wda.bracket(net, x, net(x).argmax(1), Threat("Linf", 2e-4, box=box), steps=5, progress=False)
+    assert b.lower <= b.upper
+    assert b.why is None
+    assert b.distances is not None
+    b.distances.distribution(b.threat).audit()

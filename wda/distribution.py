@@ -20,7 +20,7 @@ from wda.checks import whole
 from wda.errors import BudgetExceeded
 from wda.files import write_atomically
 from wda.losses import get, margin
-from wda.norms import norm
+from wda.norms import bounds, norm
 from wda.passes import Counts, Model, Oracle, batches, check_labels, check_sample, distrust
 from wda.threat import Threat
 
@@ -350,6 +350,7 @@ class AdversarialDistribution:
         """Check that the distribution lies in the ball, in float64 and with no tolerance.
 
         Checked are the box, that no sample gives away more than its mass, and that `transport_cost` is at most eps.
+        The sides of the box are rounded to the dtype of the sample, as the sample's own coordinates are.
         The cost of the coupling is an upper bound of the distance, so a distribution that passes is in the ball.
 
         Parameters
@@ -401,7 +402,7 @@ class AdversarialDistribution:
     def _audit_box(self, threat: Threat) -> None:
         if threat.box is None:
             return
-        low, high = threat.box
+        low, high = bounds(threat.box, self.x)
         points = self.points.flatten(1).double()
         excess = torch.maximum(low - points, points - high).amax(1)
         worst = int(excess.argmax())

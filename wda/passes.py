@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 from wda.checks import flag, whole
 from wda.errors import Untrustworthy
 from wda.losses import margin
+from wda.norms import bounds
 
 __all__ = ["Counts", "Line", "Model", "Oracle", "batches", "check_labels", "check_sample", "distrust", "warn"]
 
@@ -538,7 +539,8 @@ def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tenso
         raise ValueError(f"x has NaN or infinite values, first in sample {bad}")
     if box is not None:
         low, high = x.double().aminmax()
-        if low < box[0] or high > box[1]:
+        least, most = bounds(box, x)
+        if low < least or high > most:
             if low >= 0 and 2 < high <= 255:
                 advice = "these look like bytes: divide by 255, or store them as uint8"
             else:

@@ -32,7 +32,8 @@ class Threat:
     order : float
         The order p of the Wasserstein distance, from 1 to ``math.inf`` (also ``"inf"``).
     box : (float, float) or None
-        Every coordinate of every point stays within these bounds; ``None`` for no bounds.
+        Every coordinate of every point stays within these bounds, rounded to the dtype of the points; ``None`` for no
+        bounds.
 
     Raises
     ------

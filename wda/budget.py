@@ -218,7 +218,9 @@ def _buy(cost: Tensor, budget: float) -> Tensor:
 
 def _inward(threat: Threat, terms: int) -> float:
     """The radius less what a sum of so many float64 numbers, and a later audit of it, may be off by."""
-    return threat.eps if math.isinf(threat.order) else threat.eps * (1 - 2.0**-40 - 2.0**-52 * terms)
+    if math.isinf(threat.order):
+        return threat.eps
+    return min(threat.eps * (1 - 2.0**-40 - 2.0**-52 * terms), math.nextafter(threat.eps, 0))
 
 
 def _lengths(name: str, value: Tensor, axes: str) -> Tensor:

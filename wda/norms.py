@@ -84,8 +84,19 @@ def norm(v: Tensor, name: str) -> Tensor:
     >>> norm(torch.tensor([[3.0, -4.0]]), "L2")
     tensor([5.])
     """
-    lengths: Tensor = torch.linalg.vector_norm(v.flatten(1), exponent(name), dim=1)
-    return lengths
+    flat, r = v.flatten(1), exponent(name)
+    lengths: Tensor = torch.linalg.vector_norm(flat, r, dim=1)
+    if r != 2 or not flat.numel():
+        return lengths
+    # below or above these, squares that vanish or overflow may have counted: in half precision, whose squares torch
+    # sums in single precision, none do
+    of = torch.finfo(torch.float32 if lengths.dtype == torch.float16 else lengths.dtype)
+    doubtful = (lengths < of.tiny**0.5 / of.eps) | (lengths > of.max**0.5)
+    if lengths.dtype == torch.float16 or not bool(doubtful.any()):
+        return lengths
+    unit = flat.detach().abs().amax(1, keepdim=True)
+    unit = torch.where(doubtful[:, None] & (unit > 0) & unit.isfinite(), unit, 1)
+    return unit[:, 0] * torch.linalg.vector_norm(flat / unit, dim=1)
 
 
 def dual_maximiser(g: Tensor, name: str) -> Tensor:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from wda.attacks.a3 import a3, a3_plus_plus
@@ -218,7 +219,7 @@ def attack(
     with warnings.catch_warnings():  # kappa may well bring the whole box within reach
         warnings.simplefilter("ignore")
         order = threat.order if name in _BUDGETED else math.inf
-        ball = replace(threat, eps=kappa * threat.eps * _INWARD, order=order)
+        ball = replace(threat, eps=_radius(kappa, threat, x), order=order)
     start = time.monotonic()
     x_adv = x.detach().clone()
     with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y, x_adv):
@@ -236,6 +237,23 @@ def attack(
                 move(rows)
     counts = oracle.counts(len(x), time.monotonic() - start)
     return AdversarialDistribution.from_points(x.detach(), x_adv, y, threat, weight, counts)
+
+
+def _radius(kappa: float, threat: Threat, x: Tensor) -> float:
+    """How far points may go: just less than kappa times eps, and no further than the dtype can square.
+
+    Such a radius holds all of any box, so one that reaches across the box does as well.
+    """
+    radius, limit = kappa * threat.eps * _INWARD, math.sqrt(torch.finfo(x.dtype).max)
+    if radius <= limit:
+        return radius
+    reach = math.inf if threat.box is None else x[0].numel() * (threat.box[1] - threat.box[0])
+    if reach > limit:
+        raise ValueError(
+            f"eps={threat.eps!r} with kappa={kappa!r} and box={threat.box}: a radius up to {limit:.3g} is accepted "
+            f"for x of {x.dtype}"
+        )
+    return reach
 
 
 def _into_ball(points: Tensor, x: Tensor, ball: Threat) -> Tensor:

@@ -105,7 +105,7 @@ def robust_accuracy(distance: Tensor, eps: float | str | Sequence[float] | Tenso
         eps = number("eps", eps, 'a finite number >= 0, or a fraction such as "8/255",', 0, sys.float_info.max)
     try:
         budgets = torch.as_tensor(eps, dtype=torch.float64, device=nearest.device)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"eps={eps!r}: finite numbers >= 0 are accepted") from error
     if not bool((budgets.isfinite() & (budgets >= 0)).all()):
         raise ValueError(f"eps={eps!r}: finite numbers >= 0 are accepted")

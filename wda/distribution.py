@@ -363,7 +363,10 @@ class AdversarialDistribution:
         return min(exact_cost(per_label, len(self.x), self.threat.norm, p), self.transport_cost(p))
 
     def audit(self, threat: Threat | None = None) -> float:
-        """Check that the distribution lies in the ball, with no tolerance: where float64 cannot tell, by sixty digits.
+        """Check that the distribution lies in the ball, with no tolerance.
+
+        A sum that float64 cannot tell from eps is taken again with sixty digits, and fifty of them count. For order
+        infinity nothing is summed, and a distance is what `distances` says, the nearest number or one beside it.
 
         Checked are the box, that no sample gives away more than its mass, and that `transport_cost` is at most eps.
         The sides of the box are rounded to the dtype of the sample, as the sample's own coordinates are.
@@ -402,7 +405,7 @@ class AdversarialDistribution:
         self._audit_mass()
         cost = self.transport_cost(threat.order)
         excess = cost - threat.eps
-        if abs(excess) <= _UNDECIDED * threat.eps:
+        if abs(excess) <= _UNDECIDED * threat.eps and not (math.isinf(threat.order) and excess <= 0):
             with localcontext(_DIGITS):
                 exact = self._cost_in_digits(threat.order) - Decimal(threat.eps)
                 excess = float(exact) if exact > Decimal(threat.eps).scaleb(-50) else 0.0

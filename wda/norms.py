@@ -96,7 +96,8 @@ def norm(v: Tensor, name: str) -> Tensor:
         return lengths
     unit = flat.detach().abs().amax(1, keepdim=True)
     unit = torch.where(doubtful[:, None] & (unit > 0) & unit.isfinite(), unit, 1)
-    return unit[:, 0] * torch.linalg.vector_norm(flat / unit, dim=1)
+    scaled: Tensor = torch.linalg.vector_norm(flat / unit, dim=1)
+    return scaled * unit[:, 0]
 
 
 def dual_maximiser(g: Tensor, name: str) -> Tensor:

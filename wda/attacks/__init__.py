@@ -257,7 +257,8 @@ def _radius(kappa: float, threat: Threat, x: Tensor) -> float:
 
 
 def _into_ball(points: Tensor, x: Tensor, ball: Threat) -> Tensor:
-    """The nearest points that lie in the ball around each sample, as rounded."""
+    """The nearest points that lie in the ball around each sample, as rounded; the sample where a search got lost."""
+    points = torch.where(points.isfinite().flatten(1).all(1).view(-1, *[1] * (x.ndim - 1)), points, x)
     return round_inward(project(points, x, ball.eps, ball.norm, ball.box), x, ball.eps, ball.norm)
 
 

@@ -122,9 +122,9 @@ class AdversarialDistribution:
             raise ValueError(f"weight={weight!r}: a number or {len(x)} numbers in [0, 1] are accepted") from error
         if not bool(((share >= 0) & (share <= 1)).all()):
             raise ValueError(f"weight={weight}: numbers in [0, 1] are accepted")
-        moves = (share > 0) & (x_adv != x).flatten(1).any(1)
-        source = moves.nonzero()[:, 0]
-        return cls(x.detach(), y, threat, x_adv[source].detach(), share[source] / len(x), source, counts or Counts())
+        mass = share / len(x)
+        source = ((mass > 0) & (x_adv != x).flatten(1).any(1)).nonzero()[:, 0]
+        return cls(x.detach(), y, threat, x_adv[source].detach(), mass[source], source, counts or Counts())
 
     def __post_init__(self) -> None:
         atoms, n = len(self.moved), len(self.x)

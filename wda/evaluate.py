@@ -27,6 +27,7 @@ from wda.certificates.radius import LEAST, METHODS, by_programs, margin_bound, r
 from wda.checks import choice, number, whole
 from wda.errors import NotPiecewiseAffine
 from wda.files import write_atomically
+from wda.inspection import tell_reach
 from wda.losses import margin, rival_logits
 from wda.nets import Net
 from wda.norms import bounds, rounded
@@ -303,6 +304,7 @@ def bracket(
     start = time.monotonic()
     options = {"seed": seed, "batch_size": batch_size, "progress": progress, **parameters}
     found = distances(model, x, y, threat.norm, threat.box, **options)  # type: ignore[arg-type]
+    tell_reach(threat, x)
     if (box := rounded(threat.box, x)) != threat.box:  # what follows is in float64, and its box is still that of x
         threat, found = replace(threat, box=box), replace(found, box=box)
     try:

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from wda.losses import margin
-from wda.passes import Oracle, awake, check_labels, distrust, named, normalisers
+from wda.norms import exponent
+from wda.passes import Oracle, awake, check_labels, distrust, named, normalisers, warn
+from wda.threat import Threat
 
-__all__ = ["examine", "inspected"]
+__all__ = ["examine", "inspected", "tell_cost", "tell_reach"]
 
 # So many samples are passed alone, so often in all, and then among themselves and behind so many others.
 _SAMPLES, _ALONE, _STRANGERS = 4, 32, 2
 # Logits that differ by more than this share of their spread, and so many units of rounding, differ.
 _SHARE, _UNITS = 1e-3, 16
 _VANISHED = 0.1
+# An attack that takes more gradients than this in a step says so.
+_MANY = 50
 
 
 @contextmanager
@@ -177,3 +181,34 @@ def _apart(one: Tensor, other: Tensor) -> Tensor:
     """How far logits are apart, (N,): infinitely far where one is NaN and the other not."""
     both = one.isnan() & other.isnan()
     return (one - other).abs().masked_fill(both, 0).nan_to_num(nan=torch.inf, posinf=torch.inf).amax(1)
+
+
+def tell_reach(threat: Threat, x: Tensor) -> None:
+    """Warn where the radius reaches across the whole box; for "Linf" `Threat` itself does.
+
+    Examples
+    --------
+    >>> tell_reach(Threat("L2", 2.0), torch.zeros(1, 4))
+    """
+    if threat.box is None or threat.norm == "Linf":
+        return
+    across = (threat.box[1] - threat.box[0]) * x[0].numel() ** (1 / exponent(threat.norm))
+    if threat.eps > across:
+        warn(
+            f"eps={threat.eps!r} is more than {across:.6g}, which in {threat.norm} is how far the corners of "
+            f"box={threat.box} are apart, so all of it is within reach: did you mean '8/255' or the like?"
+        )
+
+
+def tell_cost(attack: str, gradients: int, steps: int, fewer: str) -> None:
+    """Warn before an attack starts that takes many gradients for each sample and step.
+
+    Examples
+    --------
+    >>> tell_cost("wda", 9, 10, "rivals=9")
+    """
+    if gradients > _MANY:
+        warn(
+            f"{attack} takes {gradients} gradients of each sample, one for each rival class, in each of up to {steps} "
+            f"steps: {gradients * steps} backward passes a sample. With {fewer} they are fewer"
+        )

@@ -261,9 +261,9 @@ def call(kind: str, seed: int) -> str:
     return "returned"
 
 
-def fuzz(calls: int, first: int = 0) -> dict[str, Counter[str]]:
-    """How the calls of each kind ended."""
-    return {kind: Counter(call(kind, first + k) for k in range(calls)) for kind in CALLS}
+def fuzz(calls: int, only: str | None = None) -> dict[str, Counter[str]]:
+    """How the calls of each kind, or of one, ended."""
+    return {kind: Counter(call(kind, k) for k in range(calls)) for kind in CALLS if only in (None, kind)}
 
 
 def main() -> None:

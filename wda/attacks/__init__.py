@@ -31,7 +31,7 @@ from wda.attacks.wda import wda
 from wda.attacks.wpgd import sensitivity, wfgsm, wpgd
 from wda.checks import choice, number, whole
 from wda.distribution import AdversarialDistribution
-from wda.inspection import inspected
+from wda.inspection import inspected, tell_reach
 from wda.norms import project, round_inward
 from wda.passes import Model, Oracle, batches, check_sample
 from wda.threat import Threat
@@ -193,6 +193,8 @@ def attack(
     if kappa > 1 and not takes_kappa:
         raise ValueError(f"kappa={kappa!r}: attack {name!r} spends the budget in its own way, only 1 is accepted")
     seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
+    y = check_sample(x, y, threat.box)
+    tell_reach(threat, x)
     label = f"{name} κ={kappa:g} {threat}" if kappa > 1 else f"{name} {threat}"
     if name in METHODS:
         found = distances(
@@ -209,7 +211,6 @@ def attack(
             **parameters,
         )
         return found.distribution(threat)
-    y = check_sample(x, y, threat.box)
     weight = 1.0 if math.isinf(threat.order) else kappa**-threat.order
     if weight < sys.float_info.min * len(x):
         raise ValueError(f"kappa={kappa!r} with order={threat.order:g}: the share kappa^-order is too small a number")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import wda
 from wda import Threat, attacks
 from wda.errors import Untrustworthy
 from wda.experiment import doubts
+from wda.experiment.cells import load_inputs
 from wda.inspection import inspected
 from wda.passes import Oracle
 
@@ -399,3 +401,46 @@ def test_a_bracket_is_about_the_box_of_its_sample() -> None:
     assert b.why is None
     assert b.distances is not None
     b.distances.distribution(b.threat).audit()
+
+
+CASTS = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(64, 10).half()
+
+    def forward(self, x):
+        return self.inner(x.flatten(1).half()).to(x.dtype)
+
+
+def casts():
+    return Net()
+
+
+def plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def half():
+    return plain().half()
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("name", "kept"), [("casts", "float16"), ("plain", None), ("half", None)])
+def test_what_a_notebook_loads_runs_in_the_precision_it_asks_for(
+    name: str, kept: str | None, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that casts inside keeps its own dtypes, and any other is converted."""
+    (tmp_path / "own_casts.py").write_text(CASTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    x, y, net, _ = load_inputs("digits", f"own_casts:{name}", 5, dtype, "cpu")
+    assert str(x.dtype) == f"torch.{dtype}"
+    assert str(next(net.parameters()).dtype) == f"torch.{kept or dtype}"
+    assert net(x).dtype == x.dtype
+    assert attacked("fgsm", net, x, y).audit() <= 0.05

@@ -444,3 +444,48 @@ def test_what_a_notebook_loads_runs_in_the_precision_it_asks_for(
     assert str(next(net.parameters()).dtype) == f"torch.{kept or dtype}"
     assert net(x).dtype == x.dtype
     assert attacked("fgsm", net, x, y).audit() <= 0.05
+
+
+@pytest.mark.parametrize(("classes", "method", "options", "told"), [
+    (80, "wda", {"probe_steps": 2}, "wda takes 79 gradients of each sample.*158 backward passes"),
+    (80, "deepfool", {}, "deepfool takes 79 gradients of each sample"),
+    (80, "wda", {"rivals": 9}, None),
+    (80, "wda", {"halving": True}, None),
+    (10, "wda", {}, None),
+    (80, "pgd", {}, None),
+])  # fmt: skip
+def test_many_gradients_a_step_are_told_before_the_first(
+    classes: int, method: str, options: dict[str, object], told: str | None
+) -> None:
+    net = network(classes)
+    x, y = sample(net, 3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*backward passes a sample")
+        if told is None:
+            attacked(method, net, x, y, **options)
+        else:
+            taken = []
+            net.register_full_backward_hook(lambda *_: taken.append(1))
+            with pytest.raises(UserWarning, match=told):
+                attacked(method, net, x, y, **options)
+            assert not taken
+
+
+@pytest.mark.parametrize("method", ["wda", "deepfool"])
+def test_no_more_than_a_batch_of_gradients_is_held_at_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sixty classes and four samples: with batches of eight rows, those of two rivals at a time."""
+    net, held = network(60), []
+    x, y = sample(net, 4)
+    whole = attacked(method, net, x, y)
+    stack = torch.stack
+
+    def counted(tensors: list[Tensor], dim: int = 0) -> Tensor:
+        stacked = stack(tensors, dim)
+        held.append(stacked.shape[:2].numel() if stacked.ndim == 3 else 0)
+        return stacked
+
+    monkeypatch.setattr(torch, "stack", counted)
+    parted = attacked(method, net, x, y, batch_size=8)
+    assert 0 < max(held) <= 8
+    assert parted.counts.backward == whole.counts.backward
+    torch.testing.assert_close(parted.x_adv, whole.x_adv)

@@ -92,7 +92,8 @@ def examine(oracle: Oracle, x: Tensor, y: Tensor) -> bool:
     Examples
     --------
     >>> x, y = torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)
-    >>> examine(Oracle(torch.nn.Linear(2, 3)), x, y)
+    >>> with Oracle(torch.nn.Linear(2, 3)) as oracle:
+    ...     examine(oracle, x, y)
     True
     """
     once = oracle.check(x[:1])

@@ -194,7 +194,7 @@ def tell_reach(threat: Threat, x: Tensor) -> None:
     if threat.box is None or threat.norm == "Linf":
         return
     across = (threat.box[1] - threat.box[0]) * x[0].numel() ** (1 / exponent(threat.norm))
-    if threat.eps > across:
+    if threat.eps > across * (1 + 1e-6):  # a radius may have been chosen to reach just so far
         warn(
             f"eps={threat.eps!r} is more than {across:.6g}, which in {threat.norm} is how far the corners of "
             f"box={threat.box} are apart, so all of it is within reach: did you mean '8/255' or the like?"

@@ -23,7 +23,7 @@ LAYERS = [
     {"checks", "errors", "files"},
     {"norms", "losses"},
     {"threat", "passes"},
-    {"vision", "weights"},
+    {"inspection", "vision", "weights"},
     {"data"},
     {"zoo"},
     {"models", "_transport"},

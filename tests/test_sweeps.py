@@ -66,13 +66,27 @@ def test_shards_and_batch_sizes_do_not_change_a_record(chosen: dict[str, Any], t
     small = run_cell(Cell(n=40, batch_size=16, **chosen), tmp_path / "small")
     for other in (*others, small):
         passes = other["passes"]
+        del passes["checks"]  # of the model, for each shard
         for way in ("forward", "backward"):  # whether a point on a boundary needs one more, rounding decides
             assert passes.pop(way) == pytest.approx(whole["passes"][way], rel=0.01 * (cell.eps is None))
-    for way in ("forward", "backward"):
+    for way in ("forward", "backward", "checks"):
         del whole["passes"][way]
     for other in others:
         assert content(other) == content(whole)
     close(content(small), content(whole))
+
+
+def test_records_in_which_checks_of_the_model_count_as_passes_keep_their_figures(tmp_path: Path) -> None:
+    """Two passes in each shard were its own; of a whole run they are two. Beside newer shards, which have none, too."""
+    whole = run_cell(Cell(attack="fgsm", eps=0.1, order=1, n=9), tmp_path)["passes"]["forward"]
+    for older in (3, 2, 1):
+        shards = [run_cell(part, tmp_path) for part in Cell(attack="fgsm", eps=0.1, order=1, n=9).split(3)]
+        for shard in shards[:older]:
+            del shard["passes"]["checks"]
+            shard["passes"]["forward"] += 2 / len(shard["samples"]["index"])
+        passes = merge(shards)["passes"]
+        assert passes["forward"] == pytest.approx(whole + 2 / 9)
+        assert ("checks" in passes) == (older < 3)
 
 
 def test_every_attack_is_in_one_of_the_two_tests() -> None:

@@ -105,7 +105,7 @@ def robust_accuracy(distance: Tensor, eps: float | str | Sequence[float] | Tenso
         eps = number("eps", eps, 'a finite number >= 0, or a fraction such as "8/255",', 0, sys.float_info.max)
     try:
         budgets = torch.as_tensor(eps, dtype=torch.float64, device=nearest.device)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"eps={eps!r}: finite numbers >= 0 are accepted") from error
     if not bool((budgets.isfinite() & (budgets >= 0)).all()):
         raise ValueError(f"eps={eps!r}: finite numbers >= 0 are accepted")
@@ -218,7 +218,9 @@ def _buy(cost: Tensor, budget: float) -> Tensor:
 
 def _inward(threat: Threat, terms: int) -> float:
     """The radius less what a sum of so many float64 numbers, and a later audit of it, may be off by."""
-    return threat.eps if math.isinf(threat.order) else threat.eps * (1 - 2.0**-40 - 2.0**-52 * terms)
+    if math.isinf(threat.order):
+        return threat.eps
+    return min(threat.eps * (1 - 2.0**-40 - 2.0**-52 * terms), math.nextafter(threat.eps, 0))
 
 
 def _lengths(name: str, value: Tensor, axes: str) -> Tensor:

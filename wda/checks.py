@@ -38,6 +38,8 @@ def number(name: str, value: object, accepted: str, least: float, most: float) -
     >>> number("eps", "1/4", "a number from 0 to 1", 0, 1)
     0.25
     """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a tensor or an array of one number
+        value = value.item()
     try:
         if isinstance(value, str):
             result = math.inf if value.strip().lower() == "inf" else float(Fraction(value.strip()))
@@ -53,7 +55,7 @@ def number(name: str, value: object, accepted: str, least: float, most: float) -
 
 
 def interval(name: str, value: object) -> tuple[float, float] | None:
-    """A pair (low, high) of finite numbers with low < high, or None.
+    """A pair (low, high) of finite numbers with low < high and a finite width, or None.
 
     Examples
     --------
@@ -62,11 +64,11 @@ def interval(name: str, value: object) -> tuple[float, float] | None:
     """
     if value is None:
         return None
-    accepted = "a pair (low, high) of finite numbers with low < high, or None,"
+    accepted = "a pair (low, high) of finite numbers with low < high and a finite width, or None,"
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name}={value!r}: {accepted} is accepted")
     low, high = (number(name, side, accepted, -sys.float_info.max, sys.float_info.max) for side in value)
-    if not low < high:
+    if not 0 < high - low < math.inf:
         raise ValueError(f"{name}={value!r}: {accepted} is accepted")
     return low, high
 

@@ -8,6 +8,7 @@ import os
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field, replace
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from wda.checks import whole
 from wda.errors import BudgetExceeded
 from wda.files import write_atomically
 from wda.losses import get, margin
-from wda.norms import norm
+from wda.norms import bounds, norm
 from wda.passes import Counts, Model, Oracle, batches, check_labels, check_sample, distrust
 from wda.threat import Threat
 
@@ -121,9 +122,9 @@ class AdversarialDistribution:
             raise ValueError(f"weight={weight!r}: a number or {len(x)} numbers in [0, 1] are accepted") from error
         if not bool(((share >= 0) & (share <= 1)).all()):
             raise ValueError(f"weight={weight}: numbers in [0, 1] are accepted")
-        moves = (share > 0) & (x_adv != x).flatten(1).any(1)
-        source = moves.nonzero()[:, 0]
-        return cls(x.detach(), y, threat, x_adv[source].detach(), share[source] / len(x), source, counts or Counts())
+        mass = share / len(x)
+        source = ((mass > 0) & (x_adv != x).flatten(1).any(1)).nonzero()[:, 0]
+        return cls(x.detach(), y, threat, x_adv[source].detach(), mass[source], source, counts or Counts())
 
     def __post_init__(self) -> None:
         atoms, n = len(self.moved), len(self.x)
@@ -298,14 +299,29 @@ class AdversarialDistribution:
         """
         p = self._order(order)
         d = self.distances()
-        if not len(d):
-            return 0.0
         # scaled by the largest distance, so that a high power neither overflows nor vanishes
-        scale = float(d.max())
+        scale = float(d.max()) if len(d) else 0.0
         if math.isinf(p) or scale == 0:
             return scale
-        total = math.fsum((self.moved_mass * (d / scale) ** p).tolist())
-        return float(scale * total ** (1 / p))
+        terms = self.moved_mass * (d / scale) ** p
+        if scale == math.inf or float(terms.max()) < _LEAST_TERM:
+            cost = float(self._cost_in_digits(p))
+        else:
+            cost = scale * math.fsum(terms.tolist()) ** (1 / p)
+        # what is moved costs more than nothing, be it less than any number
+        return max(cost, 5e-324) if bool((self.moved_mass[d > 0] > 0).any()) else cost
+
+    def _cost_in_digits(self, p: float) -> Decimal:
+        """`transport_cost` with sixty digits and no limit to exponents; a mass of the float64 number 1/N is one Nth."""
+        with localcontext(_DIGITS):
+            whole, power = Decimal(1 / len(self.x)) * len(self.x), Decimal(p)
+            pairs = zip(self.moved, self.x[self.moved_source], strict=True)
+            d = [_distance_in_digits(*pair, self.threat.norm) for pair in pairs]
+            scale = max(d, default=Decimal(0))
+            if math.isinf(p) or not scale:
+                return scale
+            terms = (Decimal(m) * (a / scale) ** power for m, a in zip(self.moved_mass.tolist(), d, strict=True) if a)
+            return scale * (sum(terms, Decimal(0)) / whole) ** (1 / power)
 
     def wasserstein(self, order: float | None = None) -> float:
         r"""The exact :math:`W_p` distance from the sample, by optimal transport (needs the package POT).
@@ -347,9 +363,13 @@ class AdversarialDistribution:
         return min(exact_cost(per_label, len(self.x), self.threat.norm, p), self.transport_cost(p))
 
     def audit(self, threat: Threat | None = None) -> float:
-        """Check that the distribution lies in the ball, in float64 and with no tolerance.
+        """Check that the distribution lies in the ball, with no tolerance.
+
+        A sum that float64 cannot tell from eps is taken again with sixty digits, and fifty of them count. For order
+        infinity nothing is summed, and a distance is what `distances` says, the nearest number or one beside it.
 
         Checked are the box, that no sample gives away more than its mass, and that `transport_cost` is at most eps.
+        The sides of the box are rounded to the dtype of the sample, as the sample's own coordinates are.
         The cost of the coupling is an upper bound of the distance, so a distribution that passes is in the ball.
 
         Parameters
@@ -360,7 +380,7 @@ class AdversarialDistribution:
         Returns
         -------
         float
-            The transport cost.
+            The transport cost, at most eps.
 
         Raises
         ------
@@ -384,24 +404,29 @@ class AdversarialDistribution:
         self._audit_box(threat)
         self._audit_mass()
         cost = self.transport_cost(threat.order)
-        if not cost <= threat.eps:
+        excess = cost - threat.eps
+        if abs(excess) <= _UNDECIDED * threat.eps and not (math.isinf(threat.order) and excess <= 0):
+            with localcontext(_DIGITS):
+                exact = self._cost_in_digits(threat.order) - Decimal(threat.eps)
+                excess = float(exact) if exact > Decimal(threat.eps).scaleb(-50) else 0.0
+        if not excess <= 0:
             d = self.distances()
             share = d if math.isinf(threat.order) else self.moved_mass * (d / d.max()) ** threat.order
-            worst = int(share.argmax())
+            worst = int(share.nan_to_num(nan=math.inf).argmax())
             message = (
-                f"transport cost {cost!r} exceeds eps={threat.eps!r} of {threat} by {cost - threat.eps:.3g}; "
+                f"transport cost {cost!r} exceeds eps={threat.eps!r} of {threat} by {excess:.3g}; "
                 f"the most comes from sample {int(self.moved_source[worst])}, moved by {float(d[worst])!r} "
                 f"with mass {float(self.moved_mass[worst])!r}"
             )
-            if cost - threat.eps < _ROUNDING * threat.eps:
+            if excess < _ROUNDING * threat.eps:
                 message += f"; {_rounding_advice(threat)}"
             raise BudgetExceeded(message)
-        return cost
+        return min(cost, threat.eps)
 
     def _audit_box(self, threat: Threat) -> None:
         if threat.box is None:
             return
-        low, high = threat.box
+        low, high = bounds(threat.box, self.x)
         points = self.points.flatten(1).double()
         excess = torch.maximum(low - points, points - high).amax(1)
         worst = int(excess.argmax())
@@ -477,6 +502,22 @@ class AdversarialDistribution:
             raise ValueError(
                 f"path={str(path)!r} is no saved AdversarialDistribution, or damaged: was it written by adv.save()?"
             ) from error
+
+
+# A sum of float64 numbers is off by less than this share of it. Attacks stay further inside.
+_UNDECIDED = 2.0**-41
+# What is lost where terms below the least normal number are added to one of this size does not count.
+_LEAST_TERM = 2.0**-960
+_DIGITS = Context(prec=60, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
+
+
+def _distance_in_digits(one: Tensor, other: Tensor, norm: str) -> Decimal:
+    """The distance of two points, rounded to the context's digits."""
+    pairs = zip(one.flatten().tolist(), other.flatten().tolist(), strict=True)
+    gaps = [abs(Decimal(a) - Decimal(b)) for a, b in pairs if a != b]
+    if norm == "Linf":
+        return max(gaps, default=Decimal(0))
+    return sum(gaps, Decimal(0)) if norm == "L1" else sum((gap * gap for gap in gaps), Decimal(0)).sqrt()
 
 
 # An excess below this share of eps is said to be rounding: single precision makes less of images in [0, 1].

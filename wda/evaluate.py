@@ -27,8 +27,10 @@ from wda.certificates.radius import LEAST, METHODS, by_programs, margin_bound, r
 from wda.checks import choice, number, whole
 from wda.errors import NotPiecewiseAffine
 from wda.files import write_atomically
+from wda.inspection import tell_reach
 from wda.losses import margin, rival_logits
 from wda.nets import Net
+from wda.norms import bounds, rounded
 from wda.norms import norm as lengths
 from wda.passes import Counts
 from wda.threat import Threat
@@ -302,6 +304,9 @@ def bracket(
     start = time.monotonic()
     options = {"seed": seed, "batch_size": batch_size, "progress": progress, **parameters}
     found = distances(model, x, y, threat.norm, threat.box, **options)  # type: ignore[arg-type]
+    tell_reach(threat, x)
+    if (box := rounded(threat.box, x)) != threat.box:  # what follows is in float64, and its box is still that of x
+        threat, found = replace(threat, box=box), replace(found, box=box)
     try:
         net = read(model, tuple(x.shape[1:]))
         found = _confirmed(found, net, options)
@@ -344,6 +349,7 @@ def _confirmed(found: Distances, net: Net, options: dict[str, object]) -> Distan
             counts.backward + share * anew.counts.backward,
             counts.vanished,
             counts.seconds + anew.counts.seconds,
+            checks=counts.checks + share * anew.counts.checks,
         )
     return Distances(x, found.y, found.norm, found.box, distance, x_adv, rival, counts)
 
@@ -516,7 +522,8 @@ def _ball(threat: Threat, eps: float, order: float | str = math.inf) -> Threat:
 def _grid(x: Tensor, threat: Threat, count: int) -> Tensor:
     """0, and radii in equal ratios up to the farthest corner of the box; eps among them."""
     assert threat.box is not None
-    away = torch.maximum(x.double() - threat.box[0], threat.box[1] - x.double())
+    low, high = bounds(threat.box, x)
+    away = torch.maximum(x.double() - low, high.double() - x.double())
     reach = float(lengths(away, threat.norm).max()) * (1 + 1e-9)
     first = min(threat.eps, reach) / 16 or reach / 1000
     radii = torch.logspace(math.log10(first), math.log10(reach), count, dtype=torch.float64)

@@ -104,6 +104,9 @@ def _ratio(logits: Tensor, y: Tensor, name: str) -> Tensor:
     """The difference of logits ratio; `name` is for the error."""
     if logits.shape[1] < 3:
         raise ValueError(f"loss={name!r} needs K >= 3 classes, the model has {logits.shape[1]}: use 'margin'")
+    # a quarter of logits whose differences might overflow; the ratio is the same
+    large = logits.detach().abs().amax(1, keepdim=True) > torch.finfo(logits.dtype).max / 4
+    logits = logits * torch.where(large, 0.25, 1.0).to(logits.dtype)
     top = logits.topk(3, dim=1).values
     spread = top[:, 0] - top[:, 2]
     return margin(logits, y) / torch.where(spread > 0, spread, 1)

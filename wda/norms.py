@@ -25,6 +25,7 @@ __all__ = [
     "operator_norm",
     "project",
     "round_inward",
+    "rounded",
     "support",
 ]
 
@@ -83,8 +84,20 @@ def norm(v: Tensor, name: str) -> Tensor:
     >>> norm(torch.tensor([[3.0, -4.0]]), "L2")
     tensor([5.])
     """
-    lengths: Tensor = torch.linalg.vector_norm(v.flatten(1), exponent(name), dim=1)
-    return lengths
+    flat, r = v.flatten(1), exponent(name)
+    lengths: Tensor = torch.linalg.vector_norm(flat, r, dim=1)
+    if r != 2 or not flat.numel():
+        return lengths
+    # below or above these, squares that vanish or overflow may have counted: in half precision, whose squares torch
+    # sums in single precision, none do
+    of = torch.finfo(torch.float32 if lengths.dtype == torch.float16 else lengths.dtype)
+    doubtful = (lengths < of.tiny**0.5 / of.eps) | (lengths > of.max**0.5)
+    if lengths.dtype == torch.float16 or not bool(doubtful.any()):
+        return lengths
+    unit = flat.detach().abs().amax(1, keepdim=True)
+    unit = torch.where(doubtful[:, None] & (unit > 0) & unit.isfinite(), unit, 1)
+    scaled: Tensor = torch.linalg.vector_norm(flat / unit, dim=1)
+    return scaled * unit[:, 0]
 
 
 def dual_maximiser(g: Tensor, name: str) -> Tensor:
@@ -165,7 +178,7 @@ def project(
     >>> project(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), 1.0, "L1")
     tensor([[0., 1.]])
     """
-    r = exponent(name)
+    r, box = exponent(name), rounded(box, anchor)
     center = anchor.flatten(1).double()
     limit = torch.as_tensor(radius, dtype=torch.float64, device=points.device).expand(len(points))[:, None]
     if not bool((limit >= 0).all()):
@@ -204,7 +217,7 @@ def _nearest_in_ball(
 
 
 def clamp(points: Tensor, box: tuple[float, float] | None) -> Tensor:
-    """The nearest points within the box, whose bounds are rounded inward to the dtype of `points`.
+    """The nearest points within the box, as the dtype of `points` holds it, see `rounded`.
 
     Parameters
     ----------
@@ -218,32 +231,39 @@ def clamp(points: Tensor, box: tuple[float, float] | None) -> Tensor:
 
     Examples
     --------
-    >>> bool(clamp(torch.tensor([2.0]), (0.0, 1.3)).double() <= 1.3)
-    True
+    >>> clamp(torch.tensor([2.0, -0.5]), (0.0, 1.0))
+    tensor([1., 0.])
     """
     return points if box is None else points.clamp(*bounds(box, points))
 
 
 def bounds(box: tuple[float, float], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest number within the box, in the dtype and on the device of `like`.
-
-    Raises
-    ------
-    ValueError
-        The dtype has no number within the box.
+    """The sides of the box in the dtype and on the device of `like`, see `rounded`.
 
     Examples
     --------
     >>> bounds((0.0, 1.0), torch.zeros(1))
     (tensor(0.), tensor(1.))
     """
-    low, high = (torch.tensor(side, dtype=like.dtype, device=like.device) for side in box)
-    if low.double() < box[0]:
-        low = torch.nextafter(low, torch.full_like(low, math.inf))
-    if high.double() > box[1]:
-        high = torch.nextafter(high, torch.full_like(high, -math.inf))
-    if low > high:
-        raise ValueError(f"box={box}: {like.dtype} has no number in it")
+    limit = torch.finfo(like.dtype).max
+    low, high = (torch.tensor(side, dtype=like.dtype, device=like.device).clamp(-limit, limit) for side in box)
+    return low, high
+
+
+def rounded(box: tuple[float, float] | None, like: Tensor) -> tuple[float, float] | None:
+    """The box that a dtype can hold: each side rounded as a coordinate is that lies on it.
+
+    Single precision has no 0.001, and its nearest number is larger. A coordinate of 0.001 is on the side of
+    the box (0, 0.001) all the same. So wherever points are compared with a box it is this one, that of their dtype.
+
+    Examples
+    --------
+    >>> rounded((0.0, 0.001), torch.zeros(1))
+    (0.0, 0.0010000000474974513)
+    """
+    if box is None:
+        return None
+    low, high = (side.item() for side in bounds(box, like))
     return low, high
 
 
@@ -375,7 +395,7 @@ def support(
     >>> support(torch.tensor([[3.0, -4.0]]), torch.zeros(1, 2), 2.0, "L1", box=(-1.0, 1.0))
     tensor([7.])
     """
-    slope, start = g.flatten(1).double(), anchor.flatten(1).double()
+    slope, start, box = g.flatten(1).double(), anchor.flatten(1).double(), rounded(box, anchor)
     limit = torch.as_tensor(radius, dtype=torch.float64, device=g.device).expand(len(g))[:, None]
     if box is None:
         size, unit = _in_unit(slope.abs())
@@ -431,7 +451,7 @@ def least_displacement(
     tensor([[ 1., -1.]])
     """
     exponent(name)
-    slope, start = g.flatten(1).double(), anchor.flatten(1).double()
+    slope, start, box = g.flatten(1).double(), anchor.flatten(1).double(), rounded(box, anchor)
     steep, unit = _in_unit(slope.abs())
     level = level.double()[:, None].clamp(min=0) / unit
     # without a box, by no more than the steepest coordinate alone would need

@@ -14,8 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -23,12 +22,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from wda.checks import flag, whole
 from wda.errors import Untrustworthy
 from wda.losses import margin
+from wda.norms import bounds
 
-__all__ = ["Counts", "Line", "Model", "Oracle", "batches", "check_labels", "check_sample", "distrust", "inspected"]
+__all__ = ["Counts", "Line", "Model", "Oracle", "batches", "check_labels", "check_sample", "distrust", "warn"]
 
 # A torch.nn.Module, or any other callable that maps inputs (N, ...) to logits (N, K).
 Model = Callable[[Tensor], Tensor]
@@ -51,6 +52,9 @@ class Counts:
         was blind, not the model robust.
     seconds : float
         By the clock on the wall.
+    checks : float
+        Forward passes on top of these, mean per sample, that looked whether the model is a function at all: about a
+        hundred in a whole call (`wda.inspection.inspected`).
     batch : int or None
         So many rows the model took at a time in the end: fewer than asked for where memory ran out.
 
@@ -68,14 +72,16 @@ class Counts:
     vanished: float = 0.0
     seconds: float = 0.0
     batch: int | None = field(default=None, compare=False, repr=False)
+    checks: float = field(default=0.0, repr=False)
 
 
 class Oracle:
     """A model behind counted passes, in batches that fit into memory.
 
     Used as a context manager it puts the model in evaluation mode and, whatever happens, puts every module back
-    in the mode it came in. Gradients are taken with respect to inputs only: those of the parameters stay as
-    they were. Any number of rows may be passed at once; where memory runs out the batches become smaller.
+    in the mode it came in, and every buffer back to what it held. Gradients are taken with respect to inputs only:
+    those of the parameters stay as they were. Any number of rows may be passed at once; where memory runs out the
+    batches become smaller.
 
     Logits come back in the dtype of the input. A row of them that is NaN or infinite comes back as NaN, its gradients
     as 0. Every comparison of its margin is then false, so no search takes such a point for a flip, or for a better one.
@@ -95,6 +101,8 @@ class Oracle:
     forward, backward, vanished, invalid : int
         Since the start: rows passed forward, gradients taken, those of them that were zero at points still classified
         correctly, and rows whose logits or gradients were NaN or infinite.
+    checks : int
+        Rows passed forward by `check`, beside those.
     batch_size : int
         Halved whenever memory ran out.
 
@@ -118,37 +126,34 @@ class Oracle:
         self.backward = 0
         self.vanished = 0
         self.invalid = 0
-        self._modes: list[tuple[nn.Module, bool]] = []
+        self.checks = 0
+        self._state: list[_State] = []
 
     def __enter__(self) -> Oracle:
         if isinstance(self.model, nn.Module):
-            self._modes = [(module, module.training) for module in self.model.modules()]
+            self._state = [_State(module) for module in self.model.modules()]
             self.model.eval()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module, training in self._modes:
-            module.training = training
+        for state in self._state:
+            state.restore()
 
     def to_model(self, x: Tensor) -> Tensor:
-        """The rows of `x` on the model's device; an error where the dtypes differ.
+        """The rows of `x` on the model's device.
 
         Examples
         --------
         >>> Oracle(torch.nn.Linear(2, 3)).to_model(torch.rand(4, 2)).device
         device(type='cpu')
         """
-        if not isinstance(self.model, nn.Module):
-            return x
-        for parameter in itertools.chain(self.model.parameters(), self.model.buffers()):
-            if parameter.is_floating_point():
-                if parameter.dtype != x.dtype:
-                    raise TypeError(
-                        f"x has dtype {x.dtype}, the model {parameter.dtype}: "
-                        f"convert one of them, for example x.to({parameter.dtype})"
-                    )
-                return x.to(parameter.device)
-        return x
+        return next((x.to(weight.device) for weight in self._weights()), x)
+
+    def _weights(self) -> Iterator[Tensor]:
+        """The model's floating-point parameters and buffers."""
+        if isinstance(self.model, nn.Module):
+            held = itertools.chain(self.model.parameters(), self.model.buffers())
+            yield from (weight for weight in held if weight.is_floating_point())
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (N, K), without a graph."""
@@ -158,6 +163,42 @@ class Oracle:
                 return (self._call(x[rows]),)
 
         return self._batched(compute, len(x))[0]
+
+    def check(self, x: Tensor) -> Tensor:
+        """Logits (N, K) that tell about the model and not about an attack: their passes count apart, in `checks`.
+
+        Examples
+        --------
+        >>> oracle = Oracle(torch.nn.Linear(2, 3))
+        >>> _ = oracle.check(torch.rand(4, 2))
+        >>> oracle.checks, oracle.forward
+        (4, 0)
+        """
+        forward, invalid = self.forward, self.invalid
+        logits = self.logits(self.to_model(x))
+        self.checks += self.forward - forward
+        self.forward, self.invalid = forward, invalid
+        return logits
+
+    def precision(self, logits: Tensor) -> float:
+        """The unit of rounding of what the model computes: that of the coarsest dtype in sight.
+
+        That may be the dtype of its weights, of the logits, or one that all logits happen to fit in, as those of a
+        network in bfloat16 do whose logits are then made float32. On a GPU single precision may be TensorFloat-32.
+
+        Examples
+        --------
+        >>> oracle = Oracle(torch.nn.Linear(2, 3))
+        >>> logits = oracle.logits(torch.rand(4, 2))
+        >>> oracle.precision(logits) == 2**-23, oracle.precision(logits.bfloat16().float()) == 2**-7
+        (True, True)
+        """
+        dtypes = {logits.dtype, *(weight.dtype for weight in self._weights())}
+        for coarse in (torch.float16, torch.bfloat16):
+            if torch.equal(logits.to(coarse).to(logits.dtype).nan_to_num(), logits.nan_to_num()):
+                dtypes.add(coarse)
+        units = [2.0**-10 if dtype == torch.float32 and logits.is_cuda else torch.finfo(dtype).eps for dtype in dtypes]
+        return max(units)
 
     def gradient(self, x: Tensor, y: Tensor, loss: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, K) and the gradient of each sample's loss, (N, ...): one forward and one backward pass.
@@ -197,16 +238,40 @@ class Oracle:
         """
 
         def compute(rows: slice) -> tuple[Tensor, ...]:
-            point = x[rows].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = self._search(point)
-                gaps = (logits.gather(1, rivals[rows]) - logits.gather(1, y[rows, None])).sum(0).unbind()
-            logits = self._verified(logits.detach(), point, y[rows])
-            last, correct = len(gaps) - 1, margin(logits, y[rows]) < 0
-            gradients = [self._gradient(gap, point, correct, retain_graph=j < last) for j, gap in enumerate(gaps)]
-            return logits, torch.stack(gradients, dim=1)
+            logits, parts = self.rival_gradients(x[rows], y[rows], rivals[rows], rivals.shape[1])
+            return logits, torch.cat([gradients for _, gradients in parts], dim=1)
 
         return self._batched(compute, len(x))  # type: ignore[return-value]
+
+    def rival_gradients(
+        self, x: Tensor, y: Tensor, rivals: Tensor, together: int
+    ) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
+        """What `margin_gradients` gives, the gradients of a few rivals at a time: with a thousand memory ends early.
+
+        All rows are passed at once. The parts are computed as they are asked for, and each is a slice of the rivals
+        and their gradients (N, at most `together`, ...).
+
+        Examples
+        --------
+        >>> oracle, y = Oracle(torch.nn.Linear(2, 4)), torch.zeros(4, dtype=torch.int64)
+        >>> logits, parts = oracle.rival_gradients(torch.rand(4, 2), y, torch.tensor([[1, 2, 3]] * 4), together=2)
+        >>> [(some, gradients.shape) for some, gradients in parts]
+        [(slice(0, 2, None), torch.Size([4, 2, 2])), (slice(2, 3, None), torch.Size([4, 1, 2]))]
+        """
+        point = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self._search(point)
+            gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).sum(0).unbind()
+        logits = self._verified(logits.detach(), point, y)
+        last, correct = len(gaps) - 1, margin(logits, y) < 0
+
+        def parts() -> Iterator[tuple[slice, Tensor]]:
+            for first in range(0, len(gaps), together):
+                some = range(len(gaps))[first : first + together]
+                gradients = [self._gradient(gaps[j], point, correct, retain_graph=j < last) for j in some]
+                yield slice(some.start, some.stop), torch.stack(gradients, dim=1)
+
+        return logits, parts()
 
     def classes(self, x: Tensor) -> int:
         """K, read off one sample.
@@ -229,7 +294,7 @@ class Oracle:
         Counts(forward=1.0, backward=0.0, vanished=0.0, seconds=0.5)
         """
         vanished = self.vanished / self.backward if self.backward else 0.0
-        return Counts(self.forward / n, self.backward / n, vanished, seconds, self.batch_size)
+        return Counts(self.forward / n, self.backward / n, vanished, seconds, self.batch_size, self.checks / n)
 
     def in_batches(self, work: Callable[[slice], Result], rows: slice) -> list[Result]:
         """What `work` gives for batches that cover the rows from `rows.start` to `rows.stop`.
@@ -281,8 +346,14 @@ class Oracle:
         except RuntimeError as error:
             if _is_out_of_memory(error):
                 raise
-            raise RuntimeError(
-                f"model(x) failed on x of shape {tuple(x.shape)}; images are (N, C, H, W): {error}"
+            raise self._explained(error, x) from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                "the logits of a sample depend on the others in its batch, and model(x) takes no sample alone: batch "
+                f"normalisation with the statistics of the batch{named(normalisers(self.model))}; use running "
+                "statistics, and evaluation mode"
             ) from error
         self.forward += len(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(x) or logits.shape[1] < 2:
@@ -297,14 +368,34 @@ class Oracle:
             logits = logits.masked_fill(invalid[:, None], torch.nan)
         return logits
 
+    def _explained(self, error: RuntimeError, x: Tensor) -> Exception:
+        """What it means that the model failed at x."""
+        dtypes = dict.fromkeys(weight.dtype for weight in self._weights())
+        if dtypes and x.dtype not in dtypes and "type" in str(error):
+            told = ", ".join(map(str, dtypes))
+            return TypeError(
+                f"x has dtype {x.dtype}, the model {told}, and model(x) failed: convert one of them, for example "
+                f"x.to({next(iter(dtypes))}): {error}"
+            )
+        if x.requires_grad and "requires grad" in str(error):  # as NumPy's arrays are asked for
+            return ValueError(_NO_GRADIENT)
+        return RuntimeError(f"model(x) failed on x of shape {tuple(x.shape)}; images are (N, C, H, W): {error}")
+
     def _gradient(self, total: Tensor, x: Tensor, correct: Tensor, retain_graph: bool = False) -> Tensor:
         self.backward += len(x)
         if not total.requires_grad:
-            raise ValueError(
-                "model(x) carries no gradient: it detaches its input or runs under torch.no_grad, "
-                "or the attack was called under torch.inference_mode"
-            )
-        (g,) = torch.autograd.grad(total, x, retain_graph=retain_graph, allow_unused=True)
+            raise ValueError(_NO_GRADIENT)
+        try:
+            (g,) = torch.autograd.grad(total, x, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if _is_out_of_memory(error):
+                raise
+            if "checkpoint" in str(error):
+                raise ValueError(
+                    "model(x) uses reentrant gradient checkpointing, which gives no gradient of inputs alone: "
+                    "torch.utils.checkpoint with use_reentrant=False is accepted, or none at all"
+                ) from error
+            raise RuntimeError(f"the gradient of model(x) failed on x of shape {tuple(x.shape)}: {error}") from error
         if g is None:  # the logits depend on parameters, and on no input
             g = torch.zeros_like(x)
         invalid = ~g.isfinite().flatten(1).all(1)
@@ -315,54 +406,71 @@ class Oracle:
         return g
 
 
-@contextmanager
-def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
-    """Check labels and model before an attack, and warn after it where what was found cannot be trusted.
+_NO_GRADIENT = (
+    "model(x) carries no gradient, and attacks need one: it detaches its input, runs under torch.no_grad or computes "
+    "outside torch, as a random forest does, or the attack was called under torch.inference_mode"
+)
 
-    Raises
-    ------
-    ValueError
-        A label is not below the number of classes, or the logits are NaN or infinite at every sample.
 
-    Warns
-    -----
-    Untrustworthy
-        Two passes of one sample differ; some logits or gradients were NaN or infinite; or more than one gradient in
-        ten was zero at a point still classified correctly.
+class _State:
+    """The mode and the buffers of one module, as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.training = getattr(module, "training", None)  # a frozen script has none
+        buffers = dict(module.named_buffers(recurse=False))
+        self.buffers = [(name, held, held.clone()) for name, held in buffers.items() if not is_lazy(held)]
+
+    def restore(self) -> None:
+        if self.training is not None:
+            self.module.training = self.training
+        with torch.no_grad():
+            for name, held, value in self.buffers:
+                if not torch.equal(held, value):
+                    held.copy_(value)
+                if not isinstance(self.module, torch.jit.ScriptModule) and getattr(self.module, name) is not held:
+                    setattr(self.module, name, held)
+
+
+def awake(model: Model) -> list[str]:
+    """The names of the modules in training mode.
 
     Examples
     --------
-    >>> x, y = torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)
-    >>> with Oracle(torch.nn.Linear(2, 3)) as oracle, inspected(oracle, x, y):
-    ...     _ = oracle.logits(x)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout()).eval()
+    >>> _ = model[1].train()
+    >>> awake(model)
+    ['1']
     """
-    once, again = oracle.logits(oracle.to_model(x[:1])), oracle.logits(oracle.to_model(x[:1]))
-    check_labels(y, once.shape[1])
-    if once.isnan().any() and oracle.logits(oracle.to_model(x)).isnan().any(1).all():
-        raise ValueError("model(x) has NaN or infinite logits at every sample")
-    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3 * float(once.nan_to_num().abs().max()), equal_nan=True):
-        distrust(
-            "the model is random: two passes of one sample differ. Gradients of one draw say little about the next; "
-            "average over draws inside the model"
-        )
-    yield
-    if oracle.invalid:
-        bad = oracle.logits(oracle.to_model(x)).isnan().any(1).nonzero()[:, 0].tolist()
-        named = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-        where = f"at {len(bad)} of {len(x)} samples ({named}), which stay where they are" if bad else "at no sample"
-        distrust(
-            f"the model has NaN or infinite logits or gradients at {oracle.invalid} of the points tried, and logits "
-            f"{where}; a search takes no such point for a flip"
-        )
-    if oracle.vanished > _VANISHED * oracle.backward:
-        share = 100 * oracle.vanished / oracle.backward
-        distrust(
-            f"{share:.0f} % of the gradients were zero at points still classified correctly: there the attack is "
-            "blind, and the model need not be robust. A loss of logits (margin) may help, or a gradient-free attack"
-        )
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return [name or type(module).__name__ for name, module in modules if getattr(module, "training", False)]
 
 
-_VANISHED = 0.1
+def normalisers(model: Model) -> list[str]:
+    """The names of the modules that normalise by the statistics of the batch.
+
+    Examples
+    --------
+    >>> normalisers(torch.nn.Sequential(torch.nn.BatchNorm1d(2, track_running_stats=False)).eval())
+    ['0']
+    """
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return [
+        name or type(module).__name__
+        for name, module in modules
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+    ]
+
+
+def named(names: Sequence[object], most: int = 5) -> str:
+    """The first few of the names, in brackets; nothing where there are none.
+
+    Examples
+    --------
+    >>> named(["bn1", "bn2"]), named([])
+    (' (bn1, bn2)', '')
+    """
+    return f" ({', '.join(map(str, names[:most]))}{', ...' if len(names) > most else ''})" if names else ""
 
 
 def distrust(message: str) -> None:
@@ -376,11 +484,25 @@ def distrust(message: str) -> None:
     >>> caught[0].category.__name__
     'Untrustworthy'
     """
+    warn(message, Untrustworthy)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called this package.
+
+    Examples
+    --------
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     warn("this takes long")
+    >>> str(caught[0].message)
+    'this takes long'
+    """
     inside = f"{Path(__file__).parent}{os.sep}", contextlib.__file__
     frame, level = inspect.currentframe(), 1
     while frame and frame.f_back and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, Untrustworthy, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -417,7 +539,8 @@ def check_sample(x: Tensor, y: Tensor, box: tuple[float, float] | None) -> Tenso
         raise ValueError(f"x has NaN or infinite values, first in sample {bad}")
     if box is not None:
         low, high = x.double().aminmax()
-        if low < box[0] or high > box[1]:
+        least, most = bounds(box, x)
+        if low < least or high > most:
             if low >= 0 and 2 < high <= 255:
                 advice = "these look like bytes: divide by 255, or store them as uint8"
             else:

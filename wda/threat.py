@@ -32,7 +32,8 @@ class Threat:
     order : float
         The order p of the Wasserstein distance, from 1 to ``math.inf`` (also ``"inf"``).
     box : (float, float) or None
-        Every coordinate of every point stays within these bounds; ``None`` for no bounds.
+        Every coordinate of every point stays within these bounds, rounded to the dtype of the points; ``None`` for no
+        bounds.
 
     Raises
     ------
@@ -62,8 +63,11 @@ class Threat:
 
     def __post_init__(self) -> None:
         exponent(self.norm)
-        accepted = 'a finite number >= 0, or a fraction such as "8/255",'
-        object.__setattr__(self, "eps", number("eps", self.eps, accepted, 0, sys.float_info.max))
+        accepted = f'0, a finite number from {sys.float_info.min:.3g} on, or a fraction such as "8/255",'
+        eps = number("eps", self.eps, accepted, 0, sys.float_info.max)
+        if 0 < eps < sys.float_info.min:  # such numbers have few digits left, or one
+            raise ValueError(f"eps={self.eps!r}: {accepted} is accepted")
+        object.__setattr__(self, "eps", eps)
         object.__setattr__(self, "order", number("order", self.order, "a number >= 1, or math.inf,", 1, math.inf))
         object.__setattr__(self, "box", interval("box", self.box))
         if self.norm == "Linf" and self.box is not None and self.eps > self.box[1] - self.box[0]:
@@ -87,5 +91,5 @@ def radius_text(eps: float) -> str:
     ('8/255', '0.2', '2')
     """
     digits = repr(eps).removesuffix(".0")
-    steps = round(255 * eps)
+    steps = round(255 * min(eps, 255.0))  # beyond, no image is measured in such steps
     return f"{steps}/255" if steps / 255 == eps and len(digits) > len("0.255") else digits

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from wda.attacks.a3 import a3, a3_plus_plus
@@ -30,8 +31,9 @@ from wda.attacks.wda import wda
 from wda.attacks.wpgd import sensitivity, wfgsm, wpgd
 from wda.checks import choice, number, whole
 from wda.distribution import AdversarialDistribution
+from wda.inspection import inspected, tell_reach
 from wda.norms import project, round_inward
-from wda.passes import Model, Oracle, batches, check_sample, inspected
+from wda.passes import Model, Oracle, batches, check_sample
 from wda.threat import Threat
 
 __all__ = ["Distances", "attack", "available", "check_kappa", "distances", "kind", "options", "sensitivity"]
@@ -169,7 +171,8 @@ def attack(
     Warns
     -----
     Untrustworthy
-        The model is random, has NaN logits, or many of its gradients are zero.
+        The model is random, or its logits depend on the other samples of a batch; it has NaN logits; or many of its
+        gradients are zero.
 
     Examples
     --------
@@ -190,6 +193,8 @@ def attack(
     if kappa > 1 and not takes_kappa:
         raise ValueError(f"kappa={kappa!r}: attack {name!r} spends the budget in its own way, only 1 is accepted")
     seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
+    y = check_sample(x, y, threat.box)
+    tell_reach(threat, x)
     label = f"{name} κ={kappa:g} {threat}" if kappa > 1 else f"{name} {threat}"
     if name in METHODS:
         found = distances(
@@ -206,7 +211,6 @@ def attack(
             **parameters,
         )
         return found.distribution(threat)
-    y = check_sample(x, y, threat.box)
     weight = 1.0 if math.isinf(threat.order) else kappa**-threat.order
     if weight < sys.float_info.min * len(x):
         raise ValueError(f"kappa={kappa!r} with order={threat.order:g}: the share kappa^-order is too small a number")
@@ -216,10 +220,10 @@ def attack(
     with warnings.catch_warnings():  # kappa may well bring the whole box within reach
         warnings.simplefilter("ignore")
         order = threat.order if name in _BUDGETED else math.inf
-        ball = replace(threat, eps=kappa * threat.eps * _INWARD, order=order)
+        ball = replace(threat, eps=_radius(kappa, threat, x), order=order)
     start = time.monotonic()
     x_adv = x.detach().clone()
-    with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y):
+    with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y, x_adv):
 
         def move(rows: slice) -> None:
             clean = oracle.to_model(x[rows]).detach()
@@ -236,8 +240,26 @@ def attack(
     return AdversarialDistribution.from_points(x.detach(), x_adv, y, threat, weight, counts)
 
 
+def _radius(kappa: float, threat: Threat, x: Tensor) -> float:
+    """How far points may go: just less than kappa times eps, and no further than the dtype can square.
+
+    Such a radius holds all of any box, so one that reaches across the box does as well.
+    """
+    radius, limit = kappa * threat.eps * _INWARD, math.sqrt(torch.finfo(x.dtype).max)
+    if radius <= limit:
+        return radius
+    reach = math.inf if threat.box is None else x[0].numel() * (threat.box[1] - threat.box[0])
+    if reach > limit:
+        raise ValueError(
+            f"eps={threat.eps!r} with kappa={kappa!r} and box={threat.box}: a radius up to {limit:.3g} is accepted "
+            f"for x of {x.dtype}"
+        )
+    return reach
+
+
 def _into_ball(points: Tensor, x: Tensor, ball: Threat) -> Tensor:
-    """The nearest points that lie in the ball around each sample, as rounded."""
+    """The nearest points that lie in the ball around each sample, as rounded; the sample where a search got lost."""
+    points = torch.where(points.isfinite().flatten(1).all(1).view(-1, *[1] * (x.ndim - 1)), points, x)
     return round_inward(project(points, x, ball.eps, ball.norm, ball.box), x, ball.eps, ball.norm)
 
 

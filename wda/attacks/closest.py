@@ -181,7 +181,7 @@ def _step(gradient: Tensor, radius: Tensor, name: str, box: tuple[float, float] 
     if name != "L1":
         return _along(dual_maximiser(gradient, name), radius)
     steepest = norm(gradient, "Linf")
-    room = radius if box is None else radius.clamp(max=box[1] - box[0])
+    room = radius if box is None else radius.clamp(max=min(box[1] - box[0], torch.finfo(radius.dtype).max))
     return _along(gradient, _L1_SHARE * room / steepest.where(steepest > 0, 1))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wda.attacks.search import free, top_rivals
 from wda.checks import number, whole
+from wda.inspection import tell_cost
 from wda.losses import margin
 from wda.norms import clamp, dual, dual_maximiser, norm
 from wda.passes import Oracle
@@ -61,6 +62,7 @@ def deepfool(
     lengthened = 1 + number("overshoot", overshoot, "a number from 0 to 1", 0, 1)
     logits = oracle.logits(x)
     candidates = top_rivals(logits, y, rivals)
+    tell_cost("deepfool", candidates.shape[1], steps, "rivals")
     walk, result = x.clone(), x.clone()
     active = (margin(logits, y) < 0).nonzero()[:, 0]
     for _ in range(steps):
@@ -80,13 +82,17 @@ def deepfool(
 
 def _step(oracle: Oracle, x: Tensor, y: Tensor, rivals: Tensor, name: str, box: tuple[float, float] | None) -> Tensor:
     """The shortest step onto the boundary of one of the rivals, for the model linearised at x."""
-    logits, gradients = oracle.margin_gradients(x, y, rivals)
-    gradients = free(gradients, x[:, None], box)
+    logits, parts = oracle.rival_gradients(x, y, rivals, max(1, oracle.batch_size // len(x)))
     gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).abs()
-    slopes = norm(gradients.flatten(0, 1), dual(name)).view_as(gaps)
-    # a rival whose gradient vanishes is infinitely far away
-    lengths = torch.where(slopes > 0, gaps / slopes.clamp(min=torch.finfo(x.dtype).tiny), torch.inf)
-    length, nearest = lengths.min(dim=1)
-    chosen = gradients[torch.arange(len(x), device=x.device), nearest]
+    length, chosen = torch.full_like(gaps[:, 0], torch.inf), torch.zeros_like(x)
+    for some, gradients in parts:
+        gradients = free(gradients, x[:, None], box)
+        slopes = norm(gradients.flatten(0, 1), dual(name)).view(gradients.shape[:2])
+        # a rival whose gradient vanishes is infinitely far away
+        lengths = torch.where(slopes > 0, gaps[:, some] / slopes.clamp(min=torch.finfo(x.dtype).tiny), torch.inf)
+        least, nearest = lengths.min(dim=1)
+        nearer = least < length
+        length = torch.where(nearer, least, length)
+        chosen[nearer] = gradients[nearer, nearest[nearer]]
     length = torch.where(length.isfinite(), length, 0)
     return length.view(-1, *[1] * (x.ndim - 1)) * dual_maximiser(chosen, name)

@@ -17,10 +17,11 @@ from wda.attacks.wda_plus_plus import wda_plus_plus
 from wda.budget import allocate, robust_accuracy
 from wda.checks import choice, interval, whole
 from wda.distribution import AdversarialDistribution
+from wda.inspection import inspected
 from wda.losses import margin, rival_logits
 from wda.norms import clamp, exponent
 from wda.norms import norm as lengths
-from wda.passes import Counts, Model, Oracle, batches, check_sample, inspected
+from wda.passes import Counts, Model, Oracle, batches, check_sample
 from wda.threat import Threat
 
 __all__ = ["METHODS", "Distances", "distances"]
@@ -157,7 +158,8 @@ def distances(
     Warns
     -----
     Untrustworthy
-        The model is random, has NaN logits, or many gradients are zero.
+        The model is random, or its logits depend on the other samples of a batch; it has NaN logits; or many
+        gradients are zero.
 
     Examples
     --------
@@ -182,7 +184,7 @@ def distances(
     start = time.monotonic()
     x_adv, gap = x.detach().clone(), torch.empty(len(x), dtype=torch.float64, device=x.device)
     rival = torch.full_like(y, -1)
-    with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y):
+    with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y, x_adv):
 
         def measure(rows: slice) -> None:
             clean = oracle.to_model(x[rows]).detach()

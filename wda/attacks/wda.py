@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wda.attacks.search import Best, free, step_lengths, top_rivals
 from wda.checks import choice, flag, whole
+from wda.inspection import tell_cost
 from wda.norms import dual_maximiser, project
 from wda.passes import Oracle
 from wda.threat import Threat
@@ -83,20 +84,22 @@ def wda(
     best = Best(x, logits, y)
     rows = torch.arange(len(x), device=x.device)
     point, pursued = x, top_rivals(logits, y, rivals)
+    if not halving:
+        tell_cost("wda", pursued.shape[1], probe_steps, "rivals or halving")
     for t, length in enumerate(lengths):
         if stop_at_flip:
             onward = best.margin[rows] < 0
             rows, point, pursued = rows[onward], point[onward], pursued[onward]
             if not len(rows):
                 return best.points
-        logits, gradients = oracle.margin_gradients(point, y[rows], pursued)
+        # as many rivals at once as make a batch: fewer calls for few samples, and no more memory for many
+        logits, parts = oracle.rival_gradients(point, y[rows], pursued, max(1, oracle.batch_size // len(rows)))
         best.update(point, logits, rows)
-        gradients = free(gradients, point[:, None], ball.box)
         propose = partial(_proposals, point, length=length, x=x[rows], ball=ball)
         if pursued.shape[1] == 1:
-            point = propose(gradients)[:, 0]
+            point = propose(next(parts)[1])[:, 0]
         else:
-            point, pursued = _probe(oracle, propose, gradients, pursued, rule, best, rows)
+            point, pursued = _probe(oracle, propose, parts, pursued, rule, best, rows)
         if t == probe_steps - 1:
             pursued = pursued[:, :1]
         elif halving:
@@ -107,6 +110,7 @@ def wda(
 
 def _proposals(point: Tensor, gradients: Tensor, length: float, x: Tensor, ball: Threat) -> Tensor:
     """Line 10 of Algorithm 1: a projected step along each of the gradients (N, m, ...)."""
+    gradients = free(gradients, point[:, None], ball.box)
     directions = dual_maximiser(gradients.flatten(0, 1), ball.norm).view_as(gradients)
     ahead = point[:, None] + length * directions
     anchor = x[:, None].expand_as(ahead)
@@ -116,7 +120,7 @@ def _proposals(point: Tensor, gradients: Tensor, length: float, x: Tensor, ball:
 def _probe(
     oracle: Oracle,
     propose: Callable[[Tensor], Tensor],
-    gradients: Tensor,
+    parts: Iterator[tuple[slice, Tensor]],
     rivals: Tensor,
     rule: str,
     best: Best,
@@ -125,11 +129,8 @@ def _probe(
     """Line 11: the proposal to follow, and the rivals in the order of theirs. All proposals may be the best point."""
     own = best.y[rows, None, None]
     values, point, highest = [], best.points[rows], torch.full_like(best.margin[rows], -torch.inf)
-    # as many rivals at once as make a batch: fewer calls for few samples, and no more memory for many
-    together = max(1, oracle.batch_size // len(rows))
-    for first in range(0, rivals.shape[1], together):
-        some = slice(first, first + together)
-        proposals = propose(gradients[:, some])
+    for some, gradients in parts:
+        proposals = propose(gradients)
         logits = oracle.logits(proposals.flatten(0, 1)).unflatten(0, proposals.shape[:2])
         value = logits.gather(2, rivals[:, some, None])
         if rule == "margin":

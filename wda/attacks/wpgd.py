@@ -11,7 +11,8 @@ from torch import Tensor
 from wda import losses, norms
 from wda.attacks.search import free
 from wda.checks import number, whole
-from wda.passes import Model, Oracle, check_labels, check_sample
+from wda.inspection import examine
+from wda.passes import Model, Oracle, check_sample
 from wda.threat import Threat
 
 __all__ = ["contract", "direction", "sensitivity", "wfgsm", "wpgd"]
@@ -253,6 +254,11 @@ def sensitivity(
     ValueError, TypeError
         A bad argument. With order = 1 the slope is another one: `wda.certificates.initial_slope`.
 
+    Warns
+    -----
+    Untrustworthy
+        The model is random, or its logits depend on the other samples of a batch.
+
     Examples
     --------
     >>> import torch
@@ -267,8 +273,8 @@ def sensitivity(
     q = _conjugate(threat.order)
     y = check_sample(x, y, threat.box)
     with Oracle(model, batch_size, autocast) as oracle:
+        examine(oracle, x, y)
         x = oracle.to_model(x)
-        check_labels(y, oracle.classes(x[:1]))
         _, gradient = oracle.gradient(x, y.to(x.device), losses.get(loss))
     slopes = norms.norm(free(gradient, x, threat.box).double(), norms.dual(threat.norm))
     return _power_mean(slopes, q)

@@ -22,7 +22,7 @@ from wda.certificates.propagation import linear, margins, preactivations
 from wda.checks import choice, interval, number
 from wda.losses import margin
 from wda.nets import Array, Net, from_module
-from wda.norms import clamp
+from wda.norms import clamp, rounded
 from wda.norms import norm as length
 from wda.passes import batches, check_labels, check_sample
 
@@ -159,7 +159,7 @@ def nearest(
     choice("norm", norm, ("Linf", "L1"))
     number("time_limit", time_limit, "a number of seconds >= 0", 0, math.inf)
     box = interval("box", box)
-    labels = check_sample(x, y, box)
+    labels, box = check_sample(x, y, box), rounded(box, x)
     net = from_module(net, x.shape[1:])
     net.require("affine", "sum", "activation", why="a mixed-integer program")
     if math.prod(x.shape[1:]) != net.n or net.classes < 2:

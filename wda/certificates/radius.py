@@ -17,7 +17,7 @@ from wda.checks import choice, number, whole
 from wda.checks import interval as checked_interval
 from wda.losses import margin
 from wda.nets import Net, from_module
-from wda.norms import clamp, dual, exponent
+from wda.norms import clamp, dual, exponent, rounded
 from wda.norms import norm as lengths
 from wda.passes import batches, check_labels, check_sample
 
@@ -334,6 +334,7 @@ class _Problem:
         self.y = check_sample(x, y, self.box)
         self.net = read(model, tuple(x.shape[1:]))
         check_labels(self.y, self.net.classes)
+        self.box = rounded(self.box, x)
         self.x, self.y = x.detach().to(self.net.like), self.y.to(self.net.like.device)
         self.logits = torch.cat([self.net(part) for part in self.x.split(64)]).detach()
         bad = (~self.logits.isfinite()).any(1).nonzero()

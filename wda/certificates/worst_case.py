@@ -27,7 +27,7 @@ from wda.checks import choice, number
 from wda.distribution import AdversarialDistribution
 from wda.losses import get
 from wda.nets import Array, Net, from_module
-from wda.norms import exponent
+from wda.norms import exponent, rounded
 from wda.passes import check_labels, check_sample
 from wda.threat import Threat
 
@@ -322,7 +322,7 @@ class _Problem:
             )
         check_labels(labels, net.classes)
         points = x.detach().double().flatten(1).cpu().numpy()
-        return cls(net, points, labels.cpu().numpy(), loss, threat.norm, threat.box)
+        return cls(net, points, labels.cpu().numpy(), loss, threat.norm, rounded(threat.box, x))
 
     def length(self, v: Array) -> Array:
         """The norm of vectors (..., n)."""

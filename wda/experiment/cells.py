@@ -179,7 +179,10 @@ class _Setting:
 def load_inputs(
     data: str, model: str, n: int | None, dtype: str, device: str
 ) -> tuple[Tensor, Tensor, nn.Module, dict[str, str]]:
-    """The sample, the model on its device, both in that precision, and the checksums of what they were loaded as.
+    """The sample in that precision, the model on its device, and the checksums of what they were loaded as.
+
+    The model is converted to the precision too, if it then runs. One that casts inside, as a network in float16 behind
+    an interface of float32 does, would not: it keeps its own dtypes.
 
     Parameters
     ----------
@@ -214,7 +217,20 @@ def load_inputs(
     y = check_sample(x, y, (0.0, 1.0))
     net = load_model(model)
     sums = {"data_sha256": checksum([x, y]), "model_sha256": checksum(net.state_dict().values())}
-    return x.to(precision), y, _on_device(net.to(precision), device), sums
+    x, own = x.to(precision), {weight.dtype for weight in net.parameters() if weight.is_floating_point()}
+    net = _on_device(net.to(precision), device)
+    if own - {precision} and not _runs(net, x):
+        net = _on_device(load_model(model), device)
+    return x, y, net, sums
+
+
+def _runs(net: nn.Module, x: Tensor) -> bool:
+    """Whether the model takes such inputs. One whose failure has another cause is refused where it is used."""
+    try:
+        _logits(net, x[:1], 1)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _logits(net: nn.Module, x: Tensor, batch_size: int) -> Tensor:
@@ -239,7 +255,7 @@ def _measure(cell: Cell, at: _Setting) -> Record:
     rows = samples(at.clean, _logits(at.net, points, cell.batch_size), at.y, distance, at.first)
     parameters = {**at.about, "eps": cell.eps, "order": cell.order, "attack": cell.attack, "kappa": cell.kappa}
     parameters |= {"options": {**options(cell.attack), **cell.options}}
-    passes = {key: round(getattr(counts, key), 8) for key in ("forward", "backward", "vanished")}
+    passes = {key: round(getattr(counts, key), 8) for key in ("forward", "backward", "vanished", "checks")}
     passes["seconds"] = counts.seconds
     record = {"parameters": parameters, **outcome(parameters, rows), "passes": passes, "samples": rows}
     # the batch that fitted, where memory was short a smaller one than the parameter

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from wda.errors import Untrustworthy
 from wda.experiment.records import interval
+from wda.inspection import inspected
 from wda.losses import margin
-from wda.passes import Model, Oracle, check_sample, inspected
+from wda.passes import Model, Oracle, check_sample
 
 __all__ = ["doubts"]
 
@@ -20,11 +21,11 @@ def doubts(model: Model, x: Tensor, y: Tensor, batch_size: int = 256) -> list[st
     """The usual mistakes in setting up a model, each in a sentence; an empty list where none is seen.
 
     An attack runs all the same on a model that is set up wrongly, and its numbers look like any others. This takes one
-    gradient and six passes per sample to look for what would make them worthless:
+    gradient and four passes per sample, and some hundred rows, to look for what would make them worthless:
 
-    - all that attacks warn of: a model that is random, logits or gradients that are NaN, gradients that are zero;
+    - all that attacks warn of: a model that is random, logits that depend on the other samples of a batch, logits or
+      gradients that are NaN, gradients that are zero;
     - probabilities in the place of logits;
-    - logits that depend on the other samples of a batch;
     - an accuracy that is much higher on inputs of another scale: the normalisation is not in the model;
     - an accuracy that is much higher with the labels numbered otherwise, or no better than that of a constant answer.
 
@@ -55,7 +56,6 @@ def doubts(model: Model, x: Tensor, y: Tensor, batch_size: int = 256) -> list[st
     y = check_sample(x, y, (0.0, 1.0))
     with Oracle(model, batch_size) as oracle:
         told, logits = _inspected(oracle, x, y)
-        told += _of_batches(oracle, x, logits) if not any("random" in line for line in told) else []
         told += _of_probabilities(logits) + _of_scale(oracle, x, y, logits)
         told += _of_chance(logits, y) + _of_numbering(logits, y)
     return told
@@ -77,18 +77,6 @@ def _inspected(oracle: Oracle, x: Tensor, y: Tensor) -> tuple[list[str], Tensor]
 
 def _logits(oracle: Oracle, x: Tensor) -> Tensor:
     return torch.cat(oracle.in_batches(lambda rows: oracle.logits(oracle.to_model(x[rows])).cpu(), slice(0, len(x))))
-
-
-def _of_batches(oracle: Oracle, x: Tensor, logits: Tensor) -> list[str]:
-    alone = torch.cat([oracle.logits(oracle.to_model(sample)).cpu() for sample in x[:4].split(1)])
-    together = logits[:4]
-    size = float(together.nan_to_num().abs().max())
-    if torch.allclose(alone, together, rtol=1e-3, atol=1e-3 * size, equal_nan=True):
-        return []
-    return [
-        "the logits of a sample depend on the others in its batch: batch normalisation with the statistics of the "
-        "batch, perhaps. Results then depend on the batch size; use running statistics"
-    ]
 
 
 def _of_probabilities(logits: Tensor) -> list[str]:

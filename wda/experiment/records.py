@@ -230,15 +230,19 @@ def _passes(records: Sequence[Record]) -> dict[str, float]:
     backward = math.fsum(size * part["backward"] for size, part in zip(sizes, parts, strict=True))
     vanished = math.fsum(s * p["backward"] * p["vanished"] for s, p in zip(sizes, parts, strict=True))
     forward = math.fsum(size * part["forward"] for size, part in zip(sizes, parts, strict=True))
+    checks = math.fsum(size * part.get("checks", 0.0) for size, part in zip(sizes, parts, strict=True))
+    older = sum("checks" not in part for part in parts)
     return {
-        "forward": round((forward - _INSPECTION * (len(records) - 1)) / n, _DECIMALS),
+        "forward": round((forward - _INSPECTION * max(0, older - 1)) / n, _DECIMALS),
         "backward": round(backward / n, _DECIMALS),
         "vanished": round(vanished / backward if backward else 0.0, _DECIMALS),
+        **({"checks": round(checks / n, _DECIMALS)} if older < len(parts) else {}),
         "seconds": math.fsum(part["seconds"] for part in parts),
     }
 
 
-_INSPECTION = 2  # forward passes of `wda.passes.inspected` before an attack
+# So many forward passes before an attack count as its own in records that do not say what checks of the model took.
+_INSPECTION = 2
 
 
 def outcome(parameters: Mapping[str, Any], rows: Mapping[str, Sequence[Any]]) -> Record:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wda.budget import robust_accuracy
 from wda.checks import number, whole
 from wda.data import load as load_data
-from wda.experiment.cells import checksum, load_inputs
+from wda.experiment.inputs import checksum, load_inputs
 from wda.experiment.records import Record, case, provenance, save
 from wda.files import check_writable, write_atomically
 from wda.passes import Oracle

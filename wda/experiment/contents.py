@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from wda.attacks import check_kappa, kind
-from wda.checks import choice, whole
+from wda.checks import choice, stored_number, stored_numbers, whole
 from wda.threat import Threat
 
-__all__ = ["check_cell", "check_column", "check_number", "check_provenance", "check_sums", "check_threat"]
+__all__ = ["check_cell", "check_provenance", "check_sums", "check_threat"]
 
 _MOST = sys.float_info.max
 
@@ -37,8 +37,8 @@ def check_cell(record: Mapping[str, Any]) -> None:
     _check_samples(_mapping("samples", record["samples"]), *(n * k // shards for k in (shard, shard + 1)))
     passes = _mapping("passes", record["passes"])
     for name in ("forward", "backward", "seconds"):
-        check_number(f"passes: {name}", passes[name], 0, _MOST)
-    check_number("passes: vanished", passes["vanished"], 0, 1)
+        stored_number(f"passes: {name}", passes[name], 0, _MOST)
+    stored_number("passes: vanished", passes["vanished"], 0, 1)
     check_provenance(record)
 
 
@@ -48,7 +48,7 @@ def _check_parameters(p: Mapping[str, Any]) -> None:
     of = kind(p["attack"])
     serves_all = p["eps"] is None and p["order"] is None and of == "nearest"
     threat = Threat(p["norm"]) if serves_all else check_threat(p)
-    check_number("kappa", p["kappa"], 1, _MOST)
+    stored_number("kappa", p["kappa"], 1, _MOST)
     check_kappa(p["kappa"], threat.order)
     _mapping("options", p["options"])
     whole("n", p["n"])
@@ -65,11 +65,11 @@ def _check_samples(rows: Mapping[str, Any], first: int, last: int) -> None:
     if rows["index"] != list(range(first, last)):
         raise ValueError(f"samples: index is not {first} to {last - 1}")
     for name, least in (("label", 0), ("clean_prediction", 0), ("rival", -1)):
-        check_column(f"samples: {name}", rows[name], n, least, sys.maxsize, int)
+        stored_numbers(f"samples: {name}", rows[name], n, least, sys.maxsize, int)
     losses = [name for name in ("clean_loss", "loss") if "loss" in rows or "clean_loss" in rows]  # not kept at first
     for name in (*losses, "distance"):
-        check_column(f"samples: {name}", rows[name], n, 0, _MOST, missing=True)
-    check_column("samples: flipped", rows["flipped"], n, 0, 1, int)
+        stored_numbers(f"samples: {name}", rows[name], n, 0, _MOST, missing=True)
+    stored_numbers("samples: flipped", rows["flipped"], n, 0, 1, int)
     columns = (rows[name] for name in ("label", "clean_prediction", "rival", "flipped"))
     for place, (label, guess, rival, flipped) in enumerate(zip(*columns, strict=True)):
         if rival == label or flipped != (guess == label and rival != -1):
@@ -84,7 +84,7 @@ def check_threat(p: Mapping[str, Any]) -> Threat:
     >>> check_threat({"norm": "L2", "eps": 0.5, "order": "2.0"}).order
     2.0
     """
-    check_number("eps", p["eps"], 0, _MOST)
+    stored_number("eps", p["eps"], 0, _MOST)
     threat = Threat(p["norm"], p["eps"], _text("order", p["order"]))
     if p["order"] != str(threat.order):
         raise ValueError(f"order={p['order']!r}: {str(threat.order)!r} is accepted")
@@ -118,52 +118,6 @@ def check_provenance(record: Mapping[str, Any]) -> None:
         if about[name] is not None:
             _text(f"provenance: {name}", about[name])
     whole("provenance: threads", about["threads"])
-
-
-def check_number(name: str, value: object, least: float, most: float, of: type = float) -> None:
-    """Nothing, where a value is a number in a range: no truth value, no text, nothing that is not finite.
-
-    Examples
-    --------
-    >>> check_number("share", True, 0, 1)
-    Traceback (most recent call last):
-        ...
-    ValueError: share=True: a number from 0 to 1 is accepted
-    """
-    check_column(name, [value], 1, least, most, of)
-
-
-def check_column(
-    name: str, values: object, n: int, least: float, most: float, of: type = float, *, missing: bool = False
-) -> None:
-    """Nothing, where there is a list of n numbers in a range.
-
-    Parameters
-    ----------
-    name : str
-    values
-    n : int
-    least, most : float
-    of : {float, int}
-        Whole numbers count as floating-point numbers, not the other way round.
-    missing : bool
-        Whether None may stand in the place of a number.
-
-    Examples
-    --------
-    >>> check_column("distance", [0.5, None], 2, 0, 1, missing=True)
-    """
-    if not isinstance(values, list) or len(values) != n:
-        held = f"a list of {len(values)}" if isinstance(values, list) else type(values).__name__
-        raise ValueError(f"{name} is {held}: a list of {n} is accepted")
-    kinds = (int,) if of is int else (int, float)
-    for place, value in enumerate(values):
-        if value is None and missing:
-            continue
-        if type(value) not in kinds or not least <= value <= most:
-            called = "whole number" if of is int else "number"
-            limits = f" from {least:.6g} to {most:.6g}" if most < _MOST and most < sys.maxsize else f" >= {least:.6g}"
-            raise ValueError(f"{name}{f'[{place}]' * (n > 1)}={value!r}: a {called}{limits} is accepted")
 
 
 def _mapping(name: str, value: object) -> Mapping[str, Any]:

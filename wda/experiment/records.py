@@ -25,7 +25,8 @@ from torch import Tensor
 from wda import __version__
 from wda.attacks import kind, options
 from wda.budget import allocate
-from wda.experiment.contents import check_cell, check_number
+from wda.checks import stored_number
+from wda.experiment.contents import check_cell
 from wda.files import naming, read_json, write_json
 from wda.losses import ce, margin, rival_logits
 from wda.threat import Threat
@@ -401,7 +402,7 @@ def _check_aggregates(record: Record) -> None:
                 raise ValueError(f"its table has the transport cost {cost!r}, more than eps={threat.eps!r}")
             follow = outcome(p, rows)
     if "loss" not in record["samples"] and p["eps"] is not None and record["risk_ce"] is not None:
-        check_number("risk_ce", record["risk_ce"], *record["risk_ce_interval"])
+        stored_number("risk_ce", record["risk_ce"], *record["risk_ce_interval"])
     for name in _AGGREGATES if p["eps"] is not None else ("clean_accuracy", "found", "found_interval"):
         if name.startswith("risk") and "loss" not in record["samples"]:
             continue

@@ -301,9 +301,9 @@ def _resume(state: Path, run: str, ball: Threat, members: int, logits: Tensor, p
                 raise ValueError(f"{name} is {kept[name].dtype}: float64 is accepted")
     if not same:
         raise ValueError(f"state={str(state)!r} is of another model, sample, ball, version or seed: name another file")
-    moved = torch.from_numpy(found).to(x)
+    moved, rounding = torch.from_numpy(found).to(x), x[0].numel() * torch.finfo(x.dtype).eps
     if not bool(((moved == x) | (clamp(moved, ball.box) == moved)).all()) or bool(
-        (norms.norm(moved.double() - x.double(), ball.norm) > ball.eps * (1 + 1e-6)).any()
+        (norms.norm(moved.double() - x.double(), ball.norm) > 1.01 * ball.eps + rounding).any()
     ):
         raise ValueError(f"state={str(state)!r} is damaged: points are outside the ball or the box; remove it")
     points.copy_(moved)

@@ -14,7 +14,7 @@ from wda.experiment.published import Failed, beside_published, run_table1, table
 from wda.experiment.records import frame, interval, merge, provenance, read, within
 from wda.experiment.sweeps import Sweep, Task, load_sweep, results, sweeps, write_tables
 from wda.experiment.tables import costs, table
-from wda.experiment.tuning import run_finetune, tuning_table
+from wda.experiment.tuning import read_finetune, run_finetune, tuning_table
 
 __all__ = [
     "Cell",
@@ -37,6 +37,7 @@ __all__ = [
     "partial",
     "provenance",
     "read",
+    "read_finetune",
     "results",
     "run",
     "run_bracket",

@@ -155,7 +155,8 @@ _WIDE = Threat("Linf", 0.5, "inf")  # in which every sample falls to the first o
 
 
 def _attacked(path: Path) -> AdversarialDistribution:
-    return wda.attack("autoattack", network(), *sample(), _WIDE, state=path, progress=False)
+    with warnings.catch_warnings(action="ignore"):  # that there are few classes
+        return wda.attack("autoattack", network(), *sample(), _WIDE, state=path, progress=False)
 
 
 def _make_state(folder: Path) -> Path:

@@ -127,7 +127,7 @@ def load_sweep(name: str) -> Sweep:
         pairs = [pair for grid in given["grid"] for pair in _expand({**given.get("common", {}), **grid})]
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{path}: {error}") from error
     if not pairs:
         raise ValueError(f"{path}: no cell is defined: there is no [[grid]], or a list in each is empty")

@@ -1,12 +1,15 @@
-"""Files: those of before are still read, damaged ones are named or harmless, and none is believed against its inputs."""
+"""Files: old ones are still read, damaged ones are named or harmless, and none is believed against its inputs."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import random
+import re
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -292,14 +295,14 @@ def test_stray_shards_stop_nothing(tmp_path: Path) -> None:
 # -- inputs that changed ---------------------------------------------------------------------------------------------
 
 
-def store_model(folder: Path, seed: int, name: str = "mine") -> None:
+def store_model(folder: Path, seed: int, name: str = "mine", more: tuple[str, ...] = ()) -> None:
     """A card and its weights, as under WDA_DATA."""
     generator = torch.Generator().manual_seed(seed)
     weights = {"w": torch.randn(10, 64, generator=generator).numpy(), "b": torch.zeros(10).numpy()}
     (folder / "models").mkdir(parents=True, exist_ok=True)
     path = folder / "models" / f"{name}.npz"
     np.savez(path, **weights)
-    layers = [{"op": "flatten"}, {"op": "linear", "weight": "w", "bias": "b"}]
+    layers = [{"op": "flatten"}, {"op": "linear", "weight": "w", "bias": "b"}, *({"op": op} for op in more)]
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     about = {"layers": layers, "weights_file": path.name, "weights_sha256": sha, "data": "digits"}
     path.with_suffix(".json").write_text(json.dumps(about))
@@ -327,12 +330,26 @@ def inputs(what: str, folder: Path) -> tuple[dict[str, Any], Callable[[int], Non
     """Names in a cell, how what they stand for is stored anew, and what a message calls it."""
     if what == "stored model":
         return {"model": "mine"}, lambda seed: store_model(folder, seed), "another model"
+    if what == "layers":  # of the same weights
+        return {"model": "mine"}, lambda seed: store_model(folder, 0, more=("relu",) * seed), "another network"
     if what == "data set":
         return {"data": "own"}, lambda seed: store_data(folder / "data" / "own_test.npz", seed), "another data set"
     if what == "file of data":
         return {"data": str(folder / "a.npz")}, lambda seed: store_data(folder / "a.npz", seed), "another data set"
     store_function(folder, 0)
-    module = f"made_{hashlib.sha256(bytes(folder)).hexdigest()[:8]}"  # Python imports a name once
+    module = f"made_{hashlib.sha256(bytes(folder)).hexdigest()[:8]}"
+    if what == "source":
+
+        def write(seed: int) -> None:
+            text = MODULE.replace("10))", f"10){', torch.nn.Tanh()' * seed})").replace(
+                "():\n", "():\n    torch.manual_seed(0)\n"
+            )
+            (folder / f"{module}.py").write_text(text)
+            sys.modules.pop(module, None)  # as in another process
+            importlib.invalidate_caches()
+            shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+        return {"model": f"{module}:make"}, write, "another network"
     text = MODULE if what == "function and weights" else READING.format(path=str(folder / "weights.pt"))
     (folder / f"{module}.py").write_text(text)
     at = f"@{folder / 'weights.pt'}" if what == "function and weights" else ""
@@ -345,7 +362,7 @@ def inputs(what: str, folder: Path) -> tuple[dict[str, Any], Callable[[int], Non
 
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("what", [
-    "stored model", "data set", "file of data", "function and weights", "function that reads",
+    "stored model", "layers", "data set", "file of data", "function and weights", "function that reads", "source",
 ])  # fmt: skip
 def test_what_a_name_stands_for_now_is_compared_wherever_a_record_says_that_a_cell_is_done(
     what: str, shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -370,7 +387,7 @@ def test_what_a_name_stands_for_now_is_compared_wherever_a_record_says_that_a_ce
     for command in ("sweep", "table"):
         assert cli.main([command, *words]) == 2
         said = capsys.readouterr().err
-        assert f"is of {called} of these names: run it again" in said
+        assert re.search(rf"is of {called}( with the same weights)? of these names: run it again", said)
         assert str(out / "records" / cells[0].name) in said
     with pytest.raises(ValueError, match=f"is of {called}"):
         run_cell(cells[-1], out / "records")
@@ -382,6 +399,24 @@ def test_what_a_name_stands_for_now_is_compared_wherever_a_record_says_that_a_ce
         store(1)
         with pytest.raises(ValueError, match=f"is of {called}"):
             run_sweep(sweep, out, shards=2)
+
+
+RANDOM = """import torch
+class Net(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(torch.nn.functional.dropout(x.flatten(1), 0.5, training=True))
+def make():
+    torch.manual_seed(0)
+    return Net(64, 10)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::wda.Untrustworthy")
+def test_a_random_model_is_known_by_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "random_model_of_mine.py").write_text(RANDOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    cell = Cell(model="random_model_of_mine:make", attack="fgsm", n=8, **BALL)
+    assert run_cell(cell, tmp_path) == run_cell(cell, tmp_path)
 
 
 def test_what_is_no_longer_at_hand_leaves_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wda import __version__
 from wda.attacks import attack, check_kappa, distances, kind, options
 from wda.checks import choice, whole
-from wda.experiment.inputs import Inputs, load_inputs
+from wda.experiment.inputs import Inputs, agree, load_inputs
 from wda.experiment.records import (
     Record,
     file_name,
@@ -289,10 +289,16 @@ def finished(cell: Cell, folder: str | os.PathLike[str], at_hand: Inputs | None 
     at_hand = Inputs(folder) if at_hand is None else at_hand
     try:
         now = {"data": at_hand.data(cell.data, cell.n), "model": at_hand.model(cell.model)}
+        losses = at_hand.losses(cell.data, cell.model, cell.n)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the record {str(path)!r} has inputs that cannot be loaded now: {error}; {again}") from error
     called = {"data": "another data set", "model": "another model"}
-    if other := [called[key] for key, sha in now.items() if sha not in (None, record["parameters"][f"{key}_sha256"])]:
+    other = [called[key] for key, sha in now.items() if sha not in (None, record["parameters"][f"{key}_sha256"])]
+    if losses and not other:
+        before = dict(zip(record["samples"]["index"], record["samples"]["clean_loss"], strict=True))
+        if not agree([before.get(place) for place in range(len(losses))], losses, record["parameters"]["device"]):
+            other = ["another network with the same weights"]
+    if other:
         raise ValueError(f"the record {str(path)!r} is of {' and '.join(other)} of these names: {again}")
     return record
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from wda.data import data_folder, find
 from wda.data import load as load_data
 from wda.errors import DataUnavailable
 from wda.files import read_json, write_json
-from wda.passes import check_sample
+from wda.losses import ce
+from wda.passes import Oracle, check_sample
 from wda.zoo import PREFIX, weight_files
 
-__all__ = ["Inputs", "checksum", "load_inputs"]
+__all__ = ["Inputs", "agree", "checksum", "load_inputs"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -96,10 +97,10 @@ def checksum(tensors: Iterable[Tensor]) -> str:
 
 
 class Inputs:
-    """The checksums of what names of data and models stand for now.
+    """What names of data and models stand for now: checksums of the values, and what a model says of a few samples.
 
     Each is loaded once, and again only where a file of it has another size, time or inode than it had then; `keep`
-    makes this outlast the process. A function of one's own may read what it likes, so it is called once in the life of
+    makes this outlast the process. A function of one's own may read what it likes, so it is called anew in the life of
     each of these objects.
 
     Parameters
@@ -117,7 +118,7 @@ class Inputs:
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._path = None if folder is None else Path(folder) / ".inputs.json"
         self._known: dict[str, Any] = {}
-        self._called: dict[str, str] = {}
+        self._called: dict[str, Any] = {}
         self._new = False
         if self._path is not None:
             with contextlib.suppress(Exception):  # whatever is wrong with it, it only saves time
@@ -131,7 +132,10 @@ class Inputs:
         ValueError
             They are, but cannot be loaded.
         """
-        return self._looked_up(f"data {n} {name}", lambda: _data_files(name), lambda: checksum(_sample(name, n)))
+        found: str | None = self._looked_up(
+            f"data {n} {name}", lambda: _data_files(name), lambda: checksum(_sample(name, n))
+        )
+        return found
 
     def model(self, name: str) -> str | None:
         """The checksum of a model's weights; None where it is not at hand.
@@ -141,11 +145,23 @@ class Inputs:
         ValueError
             It is, but cannot be loaded.
         """
-        return self._looked_up(
-            f"model {name}",
-            lambda: _model_files(name),
-            lambda: checksum(models.load(name).state_dict().values()),
+        found: str | None = self._looked_up(
+            f"model {name}", lambda: _model_files(name), lambda: checksum(models.load(name).state_dict().values())
         )
+        return found
+
+    def losses(self, data: str, model: str, n: int | None) -> list[float] | None:
+        """The cross-entropy of a model at the first few samples: of the same weights, another network has another.
+
+        None where it cannot be said: they are not at hand, the model does not run here, or it is random or looks at
+        the batch.
+        """
+        found: list[float] | None = self._looked_up(
+            f"losses {n} {data} {model}",
+            lambda: None if (own := _model_files(model)) is None else own + (_data_files(data) or []),
+            lambda: _losses(data, model, n),
+        )
+        return found
 
     def keep(self) -> None:
         """Write what was found to the folder, for those who come after."""
@@ -153,22 +169,55 @@ class Inputs:
             with contextlib.suppress(OSError):
                 write_json(self._path, self._known)
 
-    def _looked_up(self, key: str, files: Callable[[], list[Path] | None], load: Callable[[], str]) -> str | None:
+    def _looked_up(self, key: str, files: Callable[[], list[Path] | None], load: Callable[[], Any]) -> Any:
         if key in self._called:
             return self._called[key]
         try:
             stamp = _stamp(files())
             kept = self._known.get(key)
             if stamp and isinstance(kept, dict) and kept.get("files") == stamp:
-                return str(kept["sha256"])
+                return kept["found"]
             found = load()
         except DataUnavailable:
             return None
         if not stamp:
             self._called[key] = found
         elif _settled(stamp) and _stamp(files()) == stamp:
-            self._known[key], self._new = {"files": stamp, "sha256": found}, True
+            self._known[key], self._new = {"files": stamp, "found": found}, True
         return found
+
+
+def _losses(data: str, model: str, n: int | None) -> list[float] | None:
+    x, y = _sample(data, n)
+    try:
+        with Oracle(models.load(model).double()) as oracle:
+            x = oracle.to_model(x[:_FEW].double())
+            few = [ce(oracle.logits(x[:count]).cpu(), y[:count]) for count in (len(x), (len(x) + 1) // 2)]
+    except Exception:  # whatever a model of one's own may raise
+        return None
+    return few[0].tolist() if agree(few[0][: len(few[1])].tolist(), few[1].tolist()) else None
+
+
+_FEW = 16  # samples
+
+
+def agree(losses: Sequence[float | None], others: Sequence[float | None], device: str = "cpu") -> bool:
+    """Whether two lists of cross-entropies are those of one model in single or double precision; None goes with all.
+
+    Parameters
+    ----------
+    losses, others : sequence of float or None
+    device : str
+        Where one of them was computed: accelerators round single precision more coarsely.
+
+    Examples
+    --------
+    >>> agree([0.001, 2.0], [0.0010001, 2.0001]), agree([0.001, 2.0], [0.002, 2.0])
+    (True, False)
+    """
+    relative = 1e-3 if device == "cpu" else 0.05
+    pairs = zip(losses, others, strict=True)
+    return all(a is None or b is None or abs(a - b) <= 1e-4 + relative * min(a, b) for a, b in pairs)
 
 
 def _data_files(name: str) -> list[Path] | None:

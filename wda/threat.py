@@ -75,7 +75,13 @@ class Threat:
             )
 
     def stored(self) -> dict[str, object]:
-        """As files hold it, see `of_stored`; JSON has no infinity, so the order is text."""
+        """As files hold it, see `of_stored`; JSON has no infinity, so the order is text.
+
+        Examples
+        --------
+        >>> Threat("L2", 0.5, "inf").stored()
+        {'norm': 'L2', 'eps': 0.5, 'order': 'inf', 'box': (0.0, 1.0)}
+        """
         return {"norm": self.norm, "eps": self.eps, "order": str(self.order), "box": self.box}
 
     @classmethod

@@ -279,11 +279,11 @@ class Run:
         if state.keys() != {*_PLACE, "model", "optimiser", "history"}:
             raise ValueError(f"its state holds {', '.join(map(repr, state))}")
         epoch, batch = whole("epoch", state["epoch"]), whole("batch", state["batch"], 0, self.batches)
-        stored_numbers("upsilon", [state["upsilon"]], 1, missing=True)
+        stored_numbers("upsilon", [state["upsilon"]], 1, 0, math.inf, missing=True)
         stored_numbers("sums", state["sums"], 2, -sys.float_info.max)
         estimates = slope_loss(self.how.attack, self.how.attack_options) is not None and self.threat.order < math.inf
         for name in ("upsilons", "budgets"):
-            stored_numbers(name, state[name], batch if estimates else 0)
+            stored_numbers(name, state[name], batch if estimates else 0, 0, math.inf)
         if (state["upsilon"] is None) != (not estimates or (epoch, batch) == (1, 0)):
             raise ValueError(f"upsilon={state['upsilon']!r} after {batch} batches of epoch {epoch}")
         if not isinstance(state["history"], list) or len(state["history"]) != epoch:
@@ -307,11 +307,12 @@ class Run:
                 continue
             for measure in ("clean", "pointwise", "distributional"):
                 stored_number(f"history[{place}]: {name}: {measure}", entry[name][measure], 0, 1)
-            stored_numbers(f"history[{place}]: {name}: upsilon", [entry[name]["upsilon"]], 1, missing=True)
+            slope = entry[name]["upsilon"]
+            stored_numbers(f"history[{place}]: {name}: upsilon", [slope], 1, 0, math.inf, missing=True)
         for name in ("loss", "clean_loss"):
             stored_numbers(f"history[{place}]: {name}", [entry[name]], 1, -sys.float_info.max, missing=not place)
         for name in ("upsilon", "budget"):
-            stored_numbers(f"history[{place}]: {name}", entry[name], batches)
+            stored_numbers(f"history[{place}]: {name}", entry[name], batches, 0, math.inf)
 
 
 _PLACE = ("epoch", "batch", "upsilon", "sums", "upsilons", "budgets", "best", "best_epoch")
@@ -335,7 +336,8 @@ def _check_optimiser(held: Mapping[str, Any], optimiser: torch.optim.Optimizer) 
     """Raise an error where the state of an optimiser is of another one, or of other parameters."""
     [mine], parameters = optimiser.state_dict()["param_groups"], optimiser.param_groups[0]["params"]
     [theirs] = held["param_groups"]
-    if differ := [key for key in mine if theirs.get(key) != mine[key]]:
+    told = theirs.keys() | {"lr", "momentum", "params"}  # other versions of torch have more or fewer
+    if differ := [key for key in mine if key in told and theirs[key] != mine[key]]:
         raise ValueError(f"optimiser: {', '.join(differ)} differ")
     if not held["state"].keys() <= set(range(len(parameters))):
         raise ValueError(f"optimiser: {len(parameters)} parameters are trained")

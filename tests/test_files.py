@@ -479,3 +479,36 @@ def test_records_of_any_study_are_stamped(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         save({"study": float("nan")}, tmp_path / "b.json")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["robustbench:cifar10/Linf/Any", "wda.models:available@{}/mine.pt", "cifar10"])
+def test_other_bytes_in_a_file_are_looked_at_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of RobustBench's models, of weights beside a name, and in the folder of a data set."""
+    monkeypatch.setenv("WDA_DATA", str(tmp_path))
+    monkeypatch.setattr("wda.experiment.inputs._TICK", 0)
+    named = {
+        "robustbench:cifar10/Linf/Any": "robustbench/cifar10/Linf/Any.pt",
+        "cifar10": "torchvision/cifar-10-batches-py/a",
+    }
+    path = tmp_path / named.get(name, "mine.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = name.format(tmp_path) if ":" in name and "@" in name else name
+    loaded = list[str]()
+
+    def data(of: str, n: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        loaded.append(of)
+        return torch.full((4, 2), path.stat().st_size / 10), torch.arange(4)
+
+    def model(of: str) -> nn.Module:
+        loaded.append(of)
+        return nn.Linear(path.stat().st_size, 2)
+
+    monkeypatch.setattr(models, "load", model)
+    monkeypatch.setattr("wda.experiment.inputs.load_data", data)
+    path.write_bytes(b"1")
+    at_hand, sums = Inputs(), set[str | None]()
+    for content in (b"1", b"22", b"333"):
+        path.write_bytes(content)
+        at_hand = Inputs() if "@" in name else at_hand  # whatever a function reads, it is called again by the next
+        sums |= {at_hand.data(name, None) if name == "cifar10" else at_hand.model(name) for _ in range(3)}
+    assert len(sums) == len(loaded) == 3

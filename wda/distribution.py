@@ -506,7 +506,7 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], dtype: torch.dtype) -> None:
 def _counts(held: Mapping[str, Any]) -> Counts:
     """What a distribution cost, as a file holds it; the batch was not kept at first."""
     counts = Counts(**held)
-    for name in ("forward", "backward", "vanished", "seconds"):
+    for name in {"forward", "backward", "vanished", "seconds"} | (held.keys() - {"batch"}):
         stored_number(f"counts: {name}", held[name])
     if counts.batch is not None:
         whole("counts: batch", counts.batch)

@@ -216,7 +216,7 @@ class Bracket:
                 raise ValueError(f"why={record['why']!r}: text, or null, is accepted")
             sides = ([math.inf if d is None else d for d in record[name]] for name in _SIDES)
             lower, upper = (torch.tensor(side, dtype=torch.float64) for side in sides)
-            if bool((lower > upper * (1 + _EXACT)).any()):
+            if bool((lower > upper * (1 + _SOLVED)).any()):
                 raise ValueError("a certified radius is beyond the distance at which an error was found")
             found = cls(Threat.of_stored(record["threat"]), lower, upper, None, record["why"], tuple(record["seconds"]))
             for name in ("lower", "upper"):
@@ -229,6 +229,7 @@ class Bracket:
 
 
 _STORED = 1e-9  # what the arithmetic of another machine can do to an accuracy
+_SOLVED = 1e-5  # by which a solver's radius may be beyond a distance
 _SIDES = ("radius", "distance")
 
 

@@ -36,9 +36,8 @@ def check_cell(record: Mapping[str, Any]) -> None:
     n, shard, shards = parameters["n"], parameters.get("shard", 0), parameters.get("shards", 1)
     _check_samples(_mapping("samples", record["samples"]), *(n * k // shards for k in (shard, shard + 1)))
     passes = _mapping("passes", record["passes"])
-    for name in ("forward", "backward", "seconds"):
-        stored_number(f"passes: {name}", passes[name], 0, _MOST)
-    stored_number("passes: vanished", passes["vanished"], 0, 1)
+    for name in {"forward", "backward", "vanished", "seconds"} | passes.keys():
+        stored_number(f"passes: {name}", passes[name], 0, 1 if name == "vanished" else _MOST)
     check_provenance(record)
 
 

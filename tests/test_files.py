@@ -116,6 +116,17 @@ def test_all_committed_records_are_read_with_their_figures() -> None:
     assert min(map(len, (CELLS, tuned, brackets))) > 15
 
 
+def test_all_committed_records_are_of_the_models_and_data_at_hand() -> None:
+    at_hand, compared = Inputs(), 0
+    for path in [*CELLS, *sorted(RESULTS.glob("finetune/*.json"))]:
+        about = json.loads(path.read_text())["parameters"]
+        now = {"data_sha256": at_hand.data(about["data"], about["n"]), "model_sha256": at_hand.model(about["model"])}
+        for key, value in now.items():
+            assert value in (None, about[key]), path
+            compared += value is not None
+    assert compared > 300
+
+
 # -- damage ----------------------------------------------------------------------------------------------------------
 
 

@@ -172,8 +172,9 @@ def test_a_model_that_fails_does_not_stop_the_others_and_a_second_run_reads(
     again, _, lines = quick(tmp_path / "records", ["digits-mlp"])
     assert all(", on record; " in line and "left" not in line for line in lines)
     assert again == records
+    another = models.load("digits-cnn")
     with monkeypatch.context() as other:
-        other.setattr("wda.experiment.cells.load_model", lambda _: models.load("digits-cnn"))
+        other.setattr(models, "load", lambda _: another)
         with pytest.raises(RuntimeError, match="is of another model of these names"):
             quick(tmp_path / "records", ["digits-mlp"])
     with pytest.raises(RuntimeError, match=r"nothing ran\nnobody: DataUnavailable: model='nobody'"):
@@ -321,16 +322,16 @@ def test_the_lines_of_a_ball_stand_together() -> None:
     assert all(of_row == sorted(of_row, key=["sample", NEAR, MEAN].index) for of_row in balls)
 
 
-def test_records_of_the_sweep_stand_beside_their_rows(tmp_path: Path) -> None:
+def test_records_of_the_sweep_stand_beside_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the book does with records of the sweep `table1`; they are made up here, and of one row."""
+    monkeypatch.delenv("WDA_DATA", raising=False)
     sweep = experiment.load_sweep("table1")
     cells = [task.cell for task in sweep.tasks if task.cell.model == R18]
     for cell in cells:
-        like = {"attack": "closest"} if cell.eps is None else {"attack": "fgsm", "eps": 0.1, "order": cell.order}
-        record = experiment.run_cell(experiment.Cell(n=10, **like), tmp_path / "like")
-        record["parameters"] |= {
-            key: getattr(cell, key) for key in ("data", "model", "eps", "order", "attack", "kappa")
-        }
+        ball = {key: getattr(cell, key) for key in ("eps", "order", "kappa")}
+        attack = "closest" if cell.eps is None else "fgsm"
+        record = experiment.run_cell(experiment.Cell(n=10, attack=attack, dtype=cell.dtype, **ball), tmp_path / "like")
+        record["parameters"] |= {key: getattr(cell, key) for key in ("data", "model", "attack")}
         record["parameters"]["options"] = wda.attacks.options(cell.attack)
         experiment.records.save(record, tmp_path / f"{cell.name}.json")
     found, missing = experiment.results(sweep, tmp_path)

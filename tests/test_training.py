@@ -26,7 +26,7 @@ from torch.nn import functional
 import wda
 from wda import AdversarialDistribution, Threat
 from wda.attacks import sensitivity
-from wda.experiment import run_finetune, tuning_table
+from wda.experiment import read_finetune, run_finetune, tuning_table
 from wda.norms import norm
 from wda.training import (
     FineTuned,
@@ -704,7 +704,7 @@ SMALL: dict[str, Any] = {"model": "digits-mlp", "n_train": 100, "n": 30, "eps": 
 def test_a_record_says_what_was_found(tmp_path: Path) -> None:
     tuning, record = run_finetune(**SMALL, output=tmp_path)
     (path,) = tmp_path.glob("*.json")
-    assert json.loads(path.read_text()) == json.loads(json.dumps(record))
+    assert read_finetune(path) == json.loads(json.dumps(record))
     assert sorted(file.suffixes[-1] for file in tmp_path.iterdir()) == [".json", ".pt"], "no checkpoint is left"
     x, y = wda.data.load("digits", n=30)
     net = wda.models.load("digits-mlp").double()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from numbers import Integral, Real
 
-__all__ = ["choice", "flag", "interval", "number", "whole"]
+__all__ = ["choice", "flag", "interval", "number", "stored_number", "stored_numbers", "whole"]
 
 
 def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
@@ -98,3 +98,56 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: True or False is accepted")
     return value
+
+
+def stored_number(name: str, value: object, least: float = 0.0, most: float = sys.float_info.max) -> None:
+    """Nothing, where what a file holds is a number in a range: no truth value, no text, nothing that is not finite.
+
+    Examples
+    --------
+    >>> stored_number("share", True, 0, 1)
+    Traceback (most recent call last):
+        ...
+    ValueError: share=True: a number from 0 to 1 is accepted
+    """
+    stored_numbers(name, [value], 1, least, most)
+
+
+def stored_numbers(
+    name: str,
+    values: object,
+    n: int,
+    least: float = 0.0,
+    most: float = sys.float_info.max,
+    of: type = float,
+    *,
+    missing: bool = False,
+) -> None:
+    """Nothing, where what a file holds is a list of n numbers in a range.
+
+    Parameters
+    ----------
+    name : str
+    values
+    n : int
+    least, most : float
+    of : {float, int}
+        Whole numbers count as floating-point numbers, not the other way round.
+    missing : bool
+        Whether None may stand in the place of a number.
+
+    Examples
+    --------
+    >>> stored_numbers("distance", [0.5, None], 2, 0, 1, missing=True)
+    """
+    if not isinstance(values, list | tuple) or len(values) != n:
+        held = f"a list of {len(values)}" if isinstance(values, list | tuple) else f"{type(values).__name__}"
+        raise ValueError(f"{name} is {held}: a list of {n} is accepted")
+    kinds = (int,) if of is int else (int, float)
+    for place, value in enumerate(values):
+        if value is None and missing:
+            continue
+        if type(value) not in kinds or not least <= value <= most:
+            called = "whole number" if of is int else "number"
+            limits = f" from {least:.6g} to {most:.6g}" if most < sys.maxsize else f" >= {least:.6g}"
+            raise ValueError(f"{name}{f'[{place}]' * (n > 1)}={value!r}: a {called}{limits} is accepted")

@@ -159,13 +159,18 @@ def _table(options: argparse.Namespace) -> int:
     try:
         sweep = load_sweep(options.name)
         folder = Path(options.output or f"results/{sweep.name}")
-        paths, missing = write_tables(sweep, folder / "records", folder / "tables")
+        paths, missing = write_tables(
+            sweep,
+            folder / "records",
+            folder / "tables",
+            say=lambda line: print(f"wda table: {line}", file=sys.stderr),
+        )
     except (OSError, TypeError, ValueError) as error:
         print(f"wda table: {error}", file=sys.stderr)
         return 2
     print(*paths, sep="\n")
     if missing:
-        print(f"{len(missing)} of {len(sweep.tasks)} cells have no record", file=sys.stderr)
+        print(f"{len(missing)} of {len(sweep.tasks)} cells have no record that can be used", file=sys.stderr)
     return int(bool(missing))
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import zipfile
-import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wda.checks import whole
+from wda.checks import choice, stored_number, whole
 from wda.errors import BudgetExceeded
-from wda.files import write_atomically
+from wda.files import naming, read_arrays, write_arrays
 from wda.losses import get, margin
 from wda.norms import bounds, norm
 from wda.passes import Counts, Model, Oracle, batches, check_labels, check_sample, distrust
@@ -466,42 +464,78 @@ class AdversarialDistribution:
         ...     AdversarialDistribution.load(f"{folder}/adv.npz")
         AdversarialDistribution(2 samples, 2 moved atoms, W_1 L2 1)
         """
-        dtype = str(self.x.dtype).removeprefix("torch.")
         about = {
-            "threat": {**asdict(self.threat), "order": str(self.threat.order)},
+            "threat": self.threat.stored(),
             "counts": asdict(self.counts),
-            "dtype": dtype,
+            "dtype": str(self.x.dtype).removeprefix("torch."),
         }
         arrays: dict[str, Any] = {name: _to_numpy(getattr(self, name)) for name in _ARRAYS}
-        with write_atomically(path) as file:
-            np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+        write_arrays(path, {"about": np.array(json.dumps(about)), **arrays}, np.savez_compressed)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AdversarialDistribution:
-        """Read what `save` wrote, onto the CPU, in the dtype it had.
+        """Read what `save` wrote, onto the CPU, in the dtype it had, and check it whole.
+
+        Whether the distribution is in a ball is for `audit` to say. The checksum in the file tells of damage, not of
+        malice; files from before there were checksums are read too.
 
         Raises
         ------
+        FileNotFoundError
+            There is no such file.
         ValueError
-            The file is not one that `save` wrote.
+            The file is not one that `save` wrote, or damaged; the message names it.
 
         Examples
         --------
         >>> adv = AdversarialDistribution.load("adv.npz")  # doctest: +SKIP
         """
-        try:
-            with np.load(Path(path), allow_pickle=False) as arrays:
-                about = json.loads(str(arrays["about"]))
-                tensors = {name: torch.from_numpy(arrays[name]) for name in _ARRAYS}
-            for name in ("x", "moved"):
-                tensors[name] = tensors[name].to(getattr(torch, about["dtype"]))
-            return cls(threat=Threat(**about["threat"]), counts=Counts(**about["counts"]), **tensors)
-        except FileNotFoundError:
-            raise
-        except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"path={str(path)!r} is no saved AdversarialDistribution, or damaged: was it written by adv.save()?"
-            ) from error
+        with naming(path, "saved AdversarialDistribution, written by adv.save()"):
+            arrays = read_arrays(path, ("about", *_ARRAYS))
+            about = json.loads(str(arrays.pop("about")))
+            if about.keys() != {"threat", "counts", "dtype"}:
+                raise ValueError(f"it holds {', '.join(map(repr, about))}: threat, counts and dtype are accepted")
+            dtype = _DTYPES[choice("dtype", about["dtype"], _DTYPES)]
+            _check_arrays(arrays, dtype)
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            tensors |= {name: tensors[name].to(dtype) for name in ("x", "moved")}
+            return cls(threat=Threat.of_stored(about["threat"]), counts=_counts(about["counts"]), **tensors)
+
+
+_ARRAYS = ("x", "labels", "moved", "moved_mass", "moved_source")
+_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray], dtype: torch.dtype) -> None:
+    """Raise an error where arrays have not the shapes, dtypes and ranges of a distribution's."""
+    x, mass = arrays["x"], arrays["moved_mass"]
+    n, atoms = len(x), len(arrays["moved"])
+    points = _to_numpy(torch.empty(0, dtype=dtype)).dtype
+    for name, kind, shape in (
+        ("x", points, x.shape),
+        ("labels", np.dtype(np.int64), (n,)),
+        ("moved", points, (atoms, *x.shape[1:])),
+        ("moved_mass", np.dtype(np.float64), (atoms,)),
+        ("moved_source", np.dtype(np.int64), (atoms,)),
+    ):
+        if (held := arrays[name]).dtype != kind or held.shape != shape:
+            raise ValueError(f"{name} is {held.shape} {held.dtype}: {shape} {kind} is accepted")
+    if not np.isfinite(x).all():
+        raise ValueError("x has NaN or infinite values")
+    if (arrays["labels"] < 0).any():
+        raise ValueError("labels: integers >= 0 are accepted")
+    if not ((mass >= 0) & (mass <= 1)).all():
+        raise ValueError("moved_mass: numbers from 0 to 1 are accepted")
+
+
+def _counts(held: Mapping[str, Any]) -> Counts:
+    """What a distribution cost, as a file holds it; the batch was not kept at first."""
+    counts = Counts(**held)
+    for name in {"forward", "backward", "vanished", "seconds"} | (held.keys() - {"batch"}):
+        stored_number(f"counts: {name}", held[name])
+    if counts.batch is not None:
+        whole("counts: batch", counts.batch)
+    return counts
 
 
 # A sum of float64 numbers is off by less than this share of it. Attacks stay further inside.
@@ -531,9 +565,6 @@ def _rounding_advice(threat: Threat) -> str:
         f"wda.norms.round_inward(wda.norms.project(x_adv, x, R, {name}, {threat.box}), x, R, {name}) "
         "with R = (1 - 1e-9) * eps, or kappa times that where each sample moves the share kappa**-order of its mass"
     )
-
-
-_ARRAYS = ("x", "labels", "moved", "moved_mass", "moved_source")
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

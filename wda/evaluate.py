@@ -6,15 +6,13 @@ which an attack succeeded bound the accuracy from above, certified radii from be
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +22,9 @@ from wda.attacks import Distances, attack, distances
 from wda.budget import robust_accuracy, spend
 from wda.certificates.nearest import Nearest
 from wda.certificates.radius import LEAST, METHODS, by_programs, margin_bound, radius, read, verified
-from wda.checks import choice, number, whole
+from wda.checks import choice, number, stored_number, stored_numbers, whole
 from wda.errors import NotPiecewiseAffine
-from wda.files import write_atomically
+from wda.files import naming, read_json, write_json
 from wda.inspection import tell_reach
 from wda.losses import margin, rival_logits
 from wda.nets import Net
@@ -180,7 +178,7 @@ class Bracket:
         sides = {name: [d if d < math.inf else None for d in getattr(self, name).tolist()] for name in _SIDES}
         record = {
             **about,
-            "threat": {**asdict(self.threat), "order": str(self.threat.order)},
+            "threat": self.threat.stored(),
             "n": len(self.radius),
             "lower": self.lower,
             "upper": self.upper,
@@ -189,35 +187,51 @@ class Bracket:
             "seconds": list(self.seconds),
             **sides,
         }
-        with write_atomically(path) as file:
-            file.write(json.dumps(record, indent=1).encode())
+        write_json(path, record)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bracket:
-        """Read what `save` wrote; `distances` is None.
+        """Read what `save` wrote, and check it whole; `distances` is None.
+
+        Both sides are computed anew from the radii and the distances. The checksum in the file tells of damage, not of
+        malice; files from before there were checksums are read too.
 
         Raises
         ------
+        FileNotFoundError
+            There is no such file.
         ValueError
-            The file is not one that `save` wrote.
+            The file is not one that `save` wrote, or damaged; the message names it.
 
         Examples
         --------
         >>> Bracket.load("bracket.json")  # doctest: +SKIP
         """
-        try:
-            record = json.loads(Path(path).read_text())
+        with naming(path, "saved Bracket, written by Bracket.save()"):
+            record = read_json(path)
+            n = whole("n", record["n"])
+            for name in _SIDES:
+                stored_numbers(name, record[name], n, missing=True)
+            stored_numbers("seconds", record["seconds"], 2)
+            stored_numbers("exact", [record["exact"]], 1, 0, n, int)
+            if not isinstance(record["why"], str | None):
+                raise ValueError(f"why={record['why']!r}: text, or null, is accepted")
             sides = ([math.inf if d is None else d for d in record[name]] for name in _SIDES)
             lower, upper = (torch.tensor(side, dtype=torch.float64) for side in sides)
-            if lower.shape != upper.shape or not bool((torch.stack([lower, upper]) >= 0).all()):
-                raise ValueError("as many radii as distances are needed, none of them negative")
-            return cls(Threat(**record["threat"]), lower, upper, None, record["why"], tuple(record["seconds"]))
-        except FileNotFoundError:
-            raise
-        except (KeyError, ValueError, TypeError, OSError) as error:
-            raise ValueError(f"path={str(path)!r} is no saved Bracket: was it written by Bracket.save()?") from error
+            if bool((lower > upper * (1 + _SOLVED)).any()):
+                raise ValueError("a certified radius is beyond the distance at which an error was found")
+            found = cls(Threat.of_stored(record["threat"]), lower, upper, None, record["why"], tuple(record["seconds"]))
+            for name in ("lower", "upper"):
+                stored_number(name, record[name], 0, 1)
+                if abs(record[name] - getattr(found, name)) > _STORED:
+                    raise ValueError(
+                        f"{name}={record[name]!r}, and {getattr(found, name)!r} follows from its distances"
+                    )
+            return found
 
 
+_STORED = 1e-9  # what the arithmetic of another machine can do to an accuracy
+_SOLVED = 1e-5  # by which a solver's radius may be beyond a distance
 _SIDES = ("radius", "distance")
 
 

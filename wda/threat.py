@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wda.checks import interval, number
 from wda.norms import exponent
@@ -76,6 +77,36 @@ class Threat:
                 "did you mean '8/255' or the like?",
                 stacklevel=3,
             )
+
+    def stored(self) -> dict[str, object]:
+        """As files hold it, see `of_stored`; JSON has no infinity, so the order is text.
+
+        Examples
+        --------
+        >>> Threat("L2", 0.5, "inf").stored()
+        {'norm': 'L2', 'eps': 0.5, 'order': 'inf', 'box': (0.0, 1.0)}
+        """
+        return {"norm": self.norm, "eps": self.eps, "order": str(self.order), "box": self.box}
+
+    @classmethod
+    def of_stored(cls, held: Mapping[str, Any]) -> Threat:
+        """The threat that a file holds.
+
+        Raises
+        ------
+        ValueError, TypeError
+            It holds something else than `stored` gave.
+
+        Examples
+        --------
+        >>> Threat.of_stored(Threat("L2", 0.5, "inf").stored())
+        Threat(norm='L2', eps=0.5, order=inf, box=(0.0, 1.0))
+        """
+        threat = cls(**held)
+        given = {**held, "box": None if held["box"] is None else tuple(held["box"])}
+        if threat.stored() != given:
+            raise ValueError(f"threat={held}: {threat.stored()} is accepted")
+        return threat
 
     def __str__(self) -> str:
         order = "inf" if math.isinf(self.order) else f"{self.order:g}"

@@ -26,8 +26,8 @@ from wda.certificates import radius
 from wda.certificates.radius import verified
 from wda.data import data_folder
 from wda.evaluate import Bracket
-from wda.experiment import load_inputs, run_finetune
-from wda.experiment.records import Record, load, save
+from wda.experiment import load_inputs, read_finetune, run_finetune
+from wda.experiment.records import Record, save
 from wda.weights import state_dict
 
 FOLDER = Path(__file__).parents[1] / "data" / "results" / "finetune"
@@ -62,7 +62,7 @@ def runs() -> Iterator[dict[str, Any]]:
 
 def recorded(model: str | None) -> dict[Path, Record]:
     """The records there are, of one network or of all."""
-    records = {path: load(path) for path in sorted(FOLDER.glob("*.json"))}
+    records = {path: read_finetune(path) for path in sorted(FOLDER.glob("*.json"))}
     return {path: record for path, record in records.items() if model in (None, record["parameters"]["model"])}
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from wda.experiment import load_sweep, provenance
-from wda.experiment.records import save
+from wda.experiment.records import load, save
 
 RECORD = Path(__file__).parents[1] / "data" / "results" / "sweep" / "kills.json"
 
@@ -71,7 +71,7 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
 
 def content(path: Path) -> dict[str, Any]:
     """A record but for its timing and its provenance."""
-    record = json.loads(path.read_text())
+    record = load(path)
     del record["passes"]["seconds"], record["provenance"]
     return dict(record)
 

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import warnings
-import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -26,7 +25,7 @@ from wda import losses, norms
 from wda.attacks.search import uniform_start
 from wda.checks import choice, flag, whole
 from wda.errors import Untrustworthy
-from wda.files import write_atomically
+from wda.files import naming, read_arrays, write_arrays
 from wda.losses import margin
 from wda.norms import clamp, project
 from wda.passes import Oracle
@@ -245,7 +244,7 @@ def autoattack(
         )
     points, standing = x.clone(), (margin(logits, y) < 0).nonzero()[:, 0]
     run = _fingerprint(x, y, ball, version, seed)
-    done = 0 if state is None else _resume(Path(state), run, logits, points)
+    done = 0 if state is None else _resume(Path(state), run, ball, len(members), logits, points)
 
     def flip(perturb: Perturb, candidates: Tensor, batch: slice) -> Tensor:
         rows = candidates[batch]
@@ -268,9 +267,8 @@ def autoattack(
         if name == "square":
             _compare(before - len(standing), before)
         if state is not None:
-            with write_atomically(state) as file:
-                kept = {"run": run, "logits": _array(logits), "done": count, "points": _array(points)}
-                np.savez(file, **kept)  # type: ignore[arg-type]
+            about = {"run": np.array(run), "done": np.array(count)}
+            write_arrays(state, {**about, "logits": _array(logits), "points": _array(points)})
     return points
 
 
@@ -285,22 +283,31 @@ def _array(values: Tensor) -> np.ndarray:
     return values.detach().double().cpu().numpy()
 
 
-def _resume(state: Path, run: str, logits: Tensor, points: Tensor) -> int:
+def _resume(state: Path, run: str, ball: Threat, members: int, logits: Tensor, points: Tensor) -> int:
     """Put the points of an interrupted run in place, and say how many members are done; 0 if there is no such run."""
-    if not state.exists():
+    if not os.path.lexists(state):
         return 0
-    try:
-        with np.load(state, allow_pickle=False) as kept:
-            same, done, found = str(kept["run"]) == run, int(kept["done"]), torch.from_numpy(kept["points"])
-            # another batch size or device rounds in another way
-            before, now = kept["logits"], _array(logits)
-            same = same and before.shape == now.shape and np.allclose(before, now, 1e-3, 1e-3, equal_nan=True)
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"state={str(state)!r}: the file is damaged, or none of autoattack's: remove it") from error
-    if not same or found.shape != points.shape:
+    now, x = _array(logits), points
+    with naming(state, "state of autoattack", "state"):
+        kept = read_arrays(state, ("run", "logits", "done", "points"))
+        # another batch size or device rounds in another way
+        before, found = kept["logits"], kept["points"]
+        same = str(kept["run"]) == run and before.shape == now.shape and found.shape == x.shape
+        same = same and np.allclose(before, now, 1e-3, 1e-3, equal_nan=True)
+        if kept["done"].shape or kept["done"].dtype.kind != "i" or not 0 < kept["done"] <= members:
+            raise ValueError(f"done={kept['done']!r}: a whole number from 1 to {members} is accepted")
+        for name in ("logits", "points"):
+            if kept[name].dtype != np.float64:
+                raise ValueError(f"{name} is {kept[name].dtype}: float64 is accepted")
+    if not same:
         raise ValueError(f"state={str(state)!r} is of another model, sample, ball, version or seed: name another file")
-    points.copy_(found)
-    return done
+    moved, rounding = torch.from_numpy(found).to(x), x[0].numel() * torch.finfo(x.dtype).eps
+    if not bool(((moved == x) | (clamp(moved, ball.box) == moved)).all()) or bool(
+        (norms.norm(moved.double() - x.double(), ball.norm) > 1.01 * ball.eps + rounding).any()
+    ):
+        raise ValueError(f"state={str(state)!r} is damaged: points are outside the ball or the box; remove it")
+    points.copy_(moved)
+    return int(kept["done"])
 
 
 def _compare(flipped: int, before: int) -> None:

@@ -5,15 +5,16 @@ Needs the extra ``wda[notebooks]``, and ``wda[sweep]`` for sweeps.
 
 from wda.experiment.ablations import ablations
 from wda.experiment.brackets import bracket_table, run_bracket
-from wda.experiment.cells import Cell, finished, load_inputs, run, run_cell
+from wda.experiment.cells import Cell, finished, run, run_cell
 from wda.experiment.doubts import doubts
 from wda.experiment.engine import Failure, run_sweep
+from wda.experiment.inputs import load_inputs
 from wda.experiment.notebooks import check_parameters, partial, run_notebook
 from wda.experiment.published import Failed, beside_published, run_table1, table1
 from wda.experiment.records import frame, interval, merge, provenance, read, within
 from wda.experiment.sweeps import Sweep, Task, load_sweep, results, sweeps, write_tables
 from wda.experiment.tables import costs, table
-from wda.experiment.tuning import run_finetune, tuning_table
+from wda.experiment.tuning import read_finetune, run_finetune, tuning_table
 
 __all__ = [
     "Cell",
@@ -36,6 +37,7 @@ __all__ = [
     "partial",
     "provenance",
     "read",
+    "read_finetune",
     "results",
     "run",
     "run_bracket",

@@ -9,7 +9,8 @@ from typing import Any
 from wda.attacks import kind
 from wda.checks import number, whole
 from wda.data import load as load_data
-from wda.experiment.cells import Cell, load_inputs
+from wda.experiment.cells import Cell
+from wda.experiment.inputs import load_inputs
 from wda.experiment.sweeps import Sweep, Task
 from wda.threat import Threat
 

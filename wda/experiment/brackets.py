@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wda.checks import choice, number, whole
-from wda.experiment.cells import load_inputs
+from wda.experiment.inputs import load_inputs
 from wda.experiment.records import case, provenance
 from wda.files import check_writable
 from wda.threat import Threat, radius_text

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,19 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wda import __version__
 from wda.attacks import attack, check_kappa, distances, kind, options
 from wda.checks import choice, whole
-from wda.data import load as load_data
-from wda.errors import DataUnavailable
-from wda.experiment.records import Record, file_name, load, outcome, provenance, samples, save, within
+from wda.experiment.inputs import Inputs, agree, load_inputs
+from wda.experiment.records import (
+    Record,
+    file_name,
+    load,
+    name_mark,
+    outcome,
+    provenance,
+    samples,
+    save,
+    within,
+)
 from wda.files import check_writable
-from wda.models import load as load_model
-from wda.passes import Oracle, check_sample
+from wda.passes import Oracle
 from wda.threat import Threat
 
-__all__ = ["Cell", "check_inputs", "finished", "load_inputs", "run", "run_cell"]
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+__all__ = ["Cell", "finished", "run", "run_cell"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Cell:
             )
         self._set("seed", whole("seed", self.seed, 0, 2**64 - 1))
         self._set("batch_size", whole("batch_size", self.batch_size))
-        choice("dtype", self.dtype, _DTYPES)
+        choice("dtype", self.dtype, ("float32", "float64"))
 
     def _set_ball(self) -> None:
         if self.eps is None or self.order is None:
@@ -140,8 +146,8 @@ class Cell:
     @property
     def name(self) -> str:
         """The stem of the record's file: it differs wherever a result could."""
-        own = {key: hashlib.sha256(getattr(self, key).encode()).hexdigest() for key in ("data", "model")}
-        return file_name({**asdict(self), "data_sha256": own["data"], "model_sha256": own["model"]})[: -len(".json")]
+        own = {f"{key}_sha256": name_mark(getattr(self, key)) for key in ("data", "model")}
+        return file_name({**asdict(self), **own})[: -len(".json")]
 
     def split(self, shards: int) -> list[Cell]:
         """The cells of so many shards.
@@ -174,63 +180,6 @@ class _Setting:
         first, last = (len(x) * k // cell.shards for k in (cell.shard, cell.shard + 1))
         x, y = x[first:last], y[first:last]
         return cls(x, y, net, _logits(net, x, cell.batch_size), first, about)
-
-
-def load_inputs(
-    data: str, model: str, n: int | None, dtype: str, device: str
-) -> tuple[Tensor, Tensor, nn.Module, dict[str, str]]:
-    """The sample in that precision, the model on its device, and the checksums of what they were loaded as.
-
-    The model is converted to the precision too, if it then runs. One that casts inside, as a network in float16 behind
-    an interface of float32 does, would not: it keeps its own dtypes.
-
-    Parameters
-    ----------
-    data, model : str
-        Names for `wda.data.load` and `wda.models.load`.
-    n : int or None
-        Only the first n samples.
-    dtype : {"float32", "float64"}
-    device : str
-
-    Returns
-    -------
-    x, y : Tensor
-        On the CPU; batches of them go to the model's device.
-    model : nn.Module
-    sums : dict
-        ``data_sha256`` and ``model_sha256``.
-
-    Raises
-    ------
-    ValueError, TypeError, DataUnavailable
-        The message names the argument, its value and what is accepted.
-
-    Examples
-    --------
-    >>> x, y, net, sums = load_inputs("digits", "digits-mlp", 5, "float64", "cpu")
-    >>> net(x).dtype
-    torch.float64
-    """
-    precision = _DTYPES[choice("dtype", dtype, _DTYPES)]
-    x, y = load_data(data, n=n)
-    y = check_sample(x, y, (0.0, 1.0))
-    net = load_model(model)
-    sums = {"data_sha256": checksum([x, y]), "model_sha256": checksum(net.state_dict().values())}
-    x, own = x.to(precision), {weight.dtype for weight in net.parameters() if weight.is_floating_point()}
-    net = _on_device(net.to(precision), device)
-    if own - {precision} and not _runs(net, x):
-        net = _on_device(load_model(model), device)
-    return x, y, net, sums
-
-
-def _runs(net: nn.Module, x: Tensor) -> bool:
-    """Whether the model takes such inputs. One whose failure has another cause is refused where it is used."""
-    try:
-        _logits(net, x[:1], 1)
-    except (RuntimeError, TypeError):
-        return False
-    return True
 
 
 def _logits(net: nn.Module, x: Tensor, batch_size: int) -> Tensor:
@@ -266,7 +215,7 @@ def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False)
     """Run a cell and write its record, whole or not at all; one that is finished is only read.
 
     Names can come to stand for other weights or other data: a record of what they stood for before is an error. Where
-    neither is at hand any more, the record is what there is.
+    these are not at hand any more, the record is what there is.
 
     A second process that is given the same cell waits for the first. Every start and every end is a line in the file
     ``journal.txt`` of the folder.
@@ -297,7 +246,6 @@ def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False)
     check_writable(folder / ".locks")
     with _alone(folder / ".locks" / cell.name):
         if not again and (done := finished(cell, folder)):
-            check_inputs(cell, done)
             return done
         _note(folder, "start", cell)
         record = _measure(cell, _Setting.of(cell))
@@ -306,13 +254,22 @@ def run_cell(cell: Cell, folder: str | os.PathLike[str], *, again: bool = False)
     return record
 
 
-def finished(cell: Cell, folder: str | os.PathLike[str]) -> Record | None:
-    """The record of a cell, if there is one.
+def finished(cell: Cell, folder: str | os.PathLike[str], at_hand: Inputs | None = None) -> Record | None:
+    """The record of a cell, if there is one: whole, of this cell and this version, and of the inputs that are at hand.
+
+    Everything that takes a cell for done asks here.
+
+    Parameters
+    ----------
+    cell : Cell
+    folder : path
+    at_hand : Inputs, optional
+        For many cells one and the same, so that each model and data set is loaded once.
 
     Raises
     ------
     ValueError
-        The file is no record.
+        There is a file of that name that is none of these; the message names it.
 
     Examples
     --------
@@ -320,35 +277,30 @@ def finished(cell: Cell, folder: str | os.PathLike[str]) -> Record | None:
     True
     """
     path = Path(folder) / f"{cell.name}.json"
-    return load(path) if path.is_file() else None
-
-
-def check_inputs(cell: Cell, record: Record) -> None:
-    """Nothing, where data and model of a cell are what they were when its record was made, or are not at hand.
-
-    Raises
-    ------
-    ValueError
-        They are others by now, under the same names.
-
-    Examples
-    --------
-    >>> check_inputs(Cell(n=5), {"parameters": {"data_sha256": "0", "model_sha256": "0"}})
-    Traceback (most recent call last):
-        ...
-    ValueError: the record 'digits_digits-mlp_Linf_closest_k1_n5_s0_float64' is of another data set and another model \
-of these names: run it again (again=True), or choose another folder
-    """
+    if not os.path.lexists(path):
+        return None
+    record = load(path)
+    again = "run it again (again=True, or `wda sweep` with --again), or choose another folder"
+    mine = {key: getattr(cell, key) for key in ("data", "model", "shard", "shards")}
+    if differ := [key for key, value in mine.items() if record["parameters"].get(key, value) != value]:
+        raise ValueError(f"the record {str(path)!r} is of another cell: {', '.join(differ)} differ; {again}")
+    if (made := record["provenance"]["wda"]) != __version__:
+        raise ValueError(f"{str(path)!r} is a record of version {made} of wda, this is {__version__}: {again}")
+    at_hand = Inputs(folder) if at_hand is None else at_hand
     try:
-        *_, sums = load_inputs(cell.data, cell.model, cell.n, cell.dtype, "cpu")
-    except (DataUnavailable, ValueError):
-        return
-    called = {"data_sha256": "another data set", "model_sha256": "another model"}
-    if other := [what for key, what in called.items() if record["parameters"][key] != sums[key]]:
-        raise ValueError(
-            f"the record {cell.name!r} is of {' and '.join(other)} of these names: run it again (again=True), "
-            "or choose another folder"
-        )
+        now = {"data": at_hand.data(cell.data, cell.n), "model": at_hand.model(cell.model)}
+        losses = at_hand.losses(cell.data, cell.model, cell.n)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the record {str(path)!r} has inputs that cannot be loaded now: {error}; {again}") from error
+    called = {"data": "another data set", "model": "another model"}
+    other = [called[key] for key, sha in now.items() if sha not in (None, record["parameters"][f"{key}_sha256"])]
+    if losses and not other:
+        before = dict(zip(record["samples"]["index"], record["samples"]["clean_loss"], strict=True))
+        if not agree([before.get(place) for place in range(len(losses))], losses, record["parameters"]["device"]):
+            other = ["another network with the same weights"]
+    if other:
+        raise ValueError(f"the record {str(path)!r} is of {' and '.join(other)} of these names: {again}")
+    return record
 
 
 @contextlib.contextmanager
@@ -480,18 +432,3 @@ def check_settings(names: Sequence[str], settings: Mapping[str, Mapping[str, Any
         for option in given:
             choice(f"settings[{name!r}]", option, options(name))
     return {name: dict(settings.get(name, {})) for name in names}
-
-
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """The SHA-256 checksum of the values of some tensors, one after the other."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _on_device(net: nn.Module, device: str) -> nn.Module:
-    try:
-        return net.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r}: {error}") from error

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from wda.checks import whole
-from wda.experiment.cells import Cell, check_inputs
+from wda.experiment.cells import Cell, finished
+from wda.experiment.inputs import Inputs
 from wda.experiment.sweeps import Sweep, shipped, whole_record
 from wda.files import check_writable, write_atomically
-from wda.zoo import PREFIX
 
 __all__ = ["Failure", "run_sweep"]
 
@@ -97,7 +97,9 @@ def run_sweep(
     records = folder / "records"
     check_writable(records)
     with _only_one(folder / ".lock") as lock:
-        left = [_parts(task.cell, records, shards, again) for task in sweep.tasks]
+        at_hand = Inputs(records)
+        left = [_parts(task.cell, records, shards, again, at_hand) for task in sweep.tasks]
+        at_hand.keep()
         cells = list(itertools.chain(*left))
         if together := sorted({t.cell.attack for t in sweep.tasks if t.cell.couples and shards > 1}):
             say(f"{', '.join(together)}: one shard, as samples are moved together")
@@ -147,18 +149,16 @@ def _only_one(path: Path) -> Iterator[IO[str]]:
 _PATIENCE = 5.0  # seconds that a sweep which was killed may take to die
 
 
-def _parts(cell: Cell, records: Path, shards: int, again: bool) -> list[Cell]:
+def _parts(cell: Cell, records: Path, shards: int, again: bool, at_hand: Inputs) -> list[Cell]:
     """What is left to run of a cell: nothing, all of it, or some shards."""
     if again:
         for path in records.glob(f"{cell.name}_*of*.json"):
             path.unlink()
         (records / f"{cell.name}.json").unlink(missing_ok=True)
-    elif record := whole_record(cell, records):
-        if cell.data.endswith(".npz") or (":" in cell.model and not cell.model.startswith(PREFIX)):
-            check_inputs(cell, record)  # of one's own, and so likely to change
+    elif whole_record(cell, records, at_hand):
         return []
     parts = [cell] if shards == 1 or cell.couples else cell.split(shards)
-    return [part for part in parts if not (records / f"{part.name}.json").is_file()]
+    return [part for part in parts if finished(part, records, at_hand) is None]
 
 
 def _prepare(folder: Path, cells: list[Cell], threads: int) -> None:

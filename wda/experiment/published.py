@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from wda import zoo
 from wda.attacks import check_kappa, kind
 from wda.errors import DataUnavailable
-from wda.experiment.cells import Cell, check_inputs, check_settings, run_cell
+from wda.experiment.cells import Cell, check_settings, run_cell
 from wda.experiment.records import Record
 from wda.experiment.sweeps import Task, whole_record
 from wda.experiment.tables import label, labelled
@@ -186,7 +186,6 @@ class _Clock:
 
 def _finished_or_run(cell: Cell, output: str | os.PathLike[str]) -> tuple[Record, bool]:
     if record := whole_record(cell, output):
-        check_inputs(cell, record)
         return record, False
     return run_cell(cell, output), True
 

@@ -3,11 +3,13 @@
 A record holds the parameters, the versions and the hardware, the passes and seconds, a table with one row per sample,
 and aggregates that follow from that table alone. So the records of shards merge into that of the whole sample, and one
 record of distances serves every budget.
+
+A file of one is checked whole when it is read: its name and its parameters, its table and its aggregates have to agree.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
 import platform
@@ -21,9 +23,11 @@ import torch
 from torch import Tensor
 
 from wda import __version__
-from wda.attacks import options
+from wda.attacks import kind, options
 from wda.budget import allocate
-from wda.files import write_atomically
+from wda.checks import stored_number
+from wda.experiment.contents import check_cell
+from wda.files import naming, read_json, write_json
 from wda.losses import ce, margin, rival_logits
 from wda.threat import Threat
 
@@ -134,7 +138,7 @@ def aggregates(rows: Mapping[str, Sequence[Any]], weight: Sequence[float], threa
         "clean_accuracy": clean_accuracy,
         "clean_accuracy_interval": list(interval(clean_accuracy, n)),
         **_risk(rows, weight),
-        "transport_cost": _cost(rows["distance"], weight, threat),
+        "transport_cost": 0.0 if threat is None else min(_cost(rows["distance"], weight, threat.order), threat.eps),
     }
 
 
@@ -148,15 +152,15 @@ def _risk(rows: Mapping[str, Sequence[Any]], weight: Sequence[float]) -> Record:
     return {"risk_ce": risk, "risk_ce_interval": [risk - error, risk + error]}
 
 
-def _cost(distance: Sequence[float | None], weight: Sequence[float], threat: Threat | None) -> float:
+def _cost(distance: Sequence[float | None], weight: Sequence[float], order: float) -> float:
     paid = [(w, d) for w, d in zip(weight, distance, strict=True) if w and d]
-    if threat is None or not paid:
+    if not paid:
         return 0.0
     longest = max(d for _, d in paid)
-    if math.isinf(threat.order):
-        return min(longest, threat.eps)
-    total = math.fsum(w * (d / longest) ** threat.order for w, d in paid) / len(weight)
-    return float(min(longest * total ** (1 / threat.order), threat.eps))
+    if math.isinf(order):
+        return longest
+    total = math.fsum(w * (d / longest) ** order for w, d in paid) / len(weight)
+    return float(longest * total ** (1 / order))
 
 
 def within(record: Record, threat: Threat) -> Record:
@@ -250,12 +254,16 @@ def outcome(parameters: Mapping[str, Any], rows: Mapping[str, Sequence[Any]]) ->
     n = len(rows["index"])
     if parameters["eps"] is not None:
         threat = Threat(parameters["norm"], parameters["eps"], parameters["order"])
-        share = 1.0 if math.isinf(threat.order) else float(parameters["kappa"] ** -threat.order)
-        return aggregates(rows, [share] * n, threat)
+        return aggregates(rows, [_share(parameters["kappa"], threat.order)] * n, threat)
     found = sum(d is not None for d in rows["distance"]) / n
     clean = aggregates(rows, [0.0] * n)
     kept = {key: clean[key] for key in ("clean_accuracy", "clean_accuracy_interval")}
     return {**kept, "found": found, "found_interval": list(interval(found, n))}
+
+
+def _share(kappa: float, order: float) -> float:
+    """Of each sample's mass that moves (eq. 10 of the first paper)."""
+    return 1.0 if math.isinf(order) else float(kappa**-order)
 
 
 # The 97.5 % quantile of the normal distribution.
@@ -323,39 +331,98 @@ def _cpu() -> str:
 
 
 def save(record: Record, path: str | os.PathLike[str]) -> None:
-    """Write a record, atomically.
+    """Write a record, stamped and atomically.
 
     Examples
     --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save({"parameters": {}}, f"{folder}/record.json")
-    ...     load(f"{folder}/record.json")
-    {'parameters': {}}
+    ...     save({"study": "mine", "seconds": 0.5}, f"{folder}/mine.json")
+    ...     read_json(f"{folder}/mine.json")
+    {'study': 'mine', 'seconds': 0.5}
     """
-    with write_atomically(path) as file:
-        file.write(json.dumps(record, indent=1, allow_nan=False).encode())
+    write_json(path, record)
 
 
 def load(path: str | os.PathLike[str]) -> Record:
-    """Read a record.
+    """Read the record of a cell, and check it whole: by its checksum, entry by entry, and against itself.
+
+    The aggregates are computed anew from the table, and the name of the file from the parameters. Neither this nor the
+    checksum is proof against somebody who edits all of them; the checksum tells of damage. Records from before there
+    were checksums are read too.
 
     Raises
     ------
+    FileNotFoundError
+        There is no such file.
     ValueError
-        The file is no record.
+        The file is no record, or damaged; the message names it.
 
     Examples
     --------
-    >>> load("results/record.json")  # doctest: +SKIP
+    >>> from wda.experiment import Cell, run_cell
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     record = run_cell(Cell(n=5), folder)
+    ...     load(f"{folder}/{Cell(n=5).name}.json") == record
+    True
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is no record: {error}") from error
-    if not isinstance(record, dict) or "parameters" not in record:
-        raise ValueError(f"{str(path)!r} is no record: it has no parameters")
+    with naming(path, "record"):
+        record = read_json(path)
+        check_cell(record)
+        accepted = _file_names(record["parameters"])
+        if Path(path).name not in accepted:
+            raise ValueError(f"its parameters are those of {accepted[-1]}")
+        _check_aggregates(record)
     return record
+
+
+def _file_names(p: Mapping[str, Any]) -> list[str]:
+    """What the file of a record may be called: after the sample as a whole or its size, by `run` and by `run_cell`."""
+    by_name = {f"{key}_sha256": name_mark(p[key]) for key in ("data", "model")}
+    return [file_name({**p, "n": n, **marks}) for n in (None, p["n"]) for marks in ({}, by_name)]
+
+
+def name_mark(name: str) -> str:
+    """What stands for a name of data or a model that no file can bear: of a record, before its inputs are loaded."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _check_aggregates(record: Record) -> None:
+    """Raise an error where the aggregates do not follow from the table, or more is spent than the ball has."""
+    p, rows = record["parameters"], record["samples"]
+    if p["eps"] is None:
+        follow = outcome(p, rows)
+    else:
+        threat = Threat(p["norm"], p["eps"], p["order"])
+        if "loss" not in rows:  # at first losses were not kept, and the risk is as it was stored
+            rows = {**rows, "loss": [None] * p["n"], "clean_loss": [None] * p["n"]}
+        if kind(p["attack"]) == "nearest":
+            follow = within({"parameters": {**p, "eps": None, "order": None}, "samples": rows}, threat)
+        else:
+            share = _share(p["kappa"], threat.order)
+            cost = _cost(rows["distance"], [share] * len(rows["index"]), threat.order)
+            if cost > threat.eps + _SLACK:
+                raise ValueError(f"its table has the transport cost {cost!r}, more than eps={threat.eps!r}")
+            follow = outcome(p, rows)
+    if "loss" not in record["samples"] and p["eps"] is not None and record["risk_ce"] is not None:
+        stored_number("risk_ce", record["risk_ce"], *record["risk_ce_interval"])
+    for name in _AGGREGATES if p["eps"] is not None else ("clean_accuracy", "found", "found_interval"):
+        if name.startswith("risk") and "loss" not in record["samples"]:
+            continue
+        if not _close(record[name], follow[name]):
+            raise ValueError(f"{name}={record[name]!r}, and {follow[name]!r} follows from its table")
+
+
+_SLACK = 1e-7  # what the rounding of distances and losses, and of a machine, can do to an aggregate
+
+
+def _close(stored: Any, follows: Any) -> bool:
+    if isinstance(follows, list):
+        return isinstance(stored, list) and len(stored) == len(follows) and all(map(_close, stored, follows))
+    if follows is None:
+        return stored is None
+    return type(stored) in (int, float) and abs(stored - follows) <= _SLACK * max(1.0, abs(follows))
 
 
 def file_name(p: Mapping[str, Any]) -> str:
@@ -416,7 +483,7 @@ def read(folder: str | os.PathLike[str]) -> pd.DataFrame:
     FileNotFoundError
         There is no record.
     ValueError
-        A .json file in the folder is no record, or one of nearest errors, see `within`.
+        A .json file in the folder is no record, or damaged, or one of nearest errors, see `within`.
 
     Examples
     --------
@@ -431,9 +498,9 @@ def read(folder: str | os.PathLike[str]) -> pd.DataFrame:
     if not files:
         raise FileNotFoundError(f"folder={str(folder)!r} holds no record")
     try:
-        return frame(json.loads(file.read_text(encoding="utf-8")) for file in files)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"folder={str(folder)!r} holds a .json file that makes no row: {error!r}") from error
+        return frame(map(load, files))
+    except ValueError as error:
+        raise ValueError(f"folder={str(folder)!r} holds a .json file that makes no row: {error}") from error
 
 
 def frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wda import __version__
 from wda.attacks import kind, options
 from wda.checks import choice
 from wda.experiment.cells import Cell, finished
-from wda.experiment.records import Record, frame, load, merge, method, within
+from wda.experiment.inputs import Inputs
+from wda.experiment.records import Record, frame, merge, method, within
 from wda.experiment.tables import table
 from wda.files import write_atomically
 from wda.threat import Threat
@@ -125,7 +127,7 @@ def load_sweep(name: str) -> Sweep:
         pairs = [pair for grid in given["grid"] for pair in _expand({**given.get("common", {}), **grid})]
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{path}: {error}") from error
     if not pairs:
         raise ValueError(f"{path}: no cell is defined: there is no [[grid]], or a list in each is empty")
@@ -176,46 +178,61 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def whole_record(cell: Cell, folder: str | os.PathLike[str]) -> Record | None:
+def whole_record(cell: Cell, folder: str | os.PathLike[str], at_hand: Inputs | None = None) -> Record | None:
     """The record of a cell on the whole sample, put together where it was run in shards; None where it is not there.
+
+    Parameters
+    ----------
+    cell, folder, at_hand
+        See `finished`.
 
     Raises
     ------
     ValueError
-        A file is no record, or one of another version of the package.
+        A file is none that `finished` takes, or shards do not fit together; the message names it.
 
     Examples
     --------
     >>> whole_record(Cell(attack="closest"), "results") is None
     True
     """
-    parts = [found] if (found := finished(cell, folder)) else _shards(cell, Path(folder))
-    for record in parts:
-        if (made := record["provenance"]["wda"]) != __version__:
-            raise ValueError(
-                f"{folder} has a record of version {made} of wda, this is {__version__}: choose another folder, or "
-                f"run the sweep with --again ({cell.name})"
-            )
-    return merge(parts) if parts else None
+    at_hand = Inputs(folder) if at_hand is None else at_hand
+    return finished(cell, folder, at_hand) or _merged(cell, Path(folder), at_hand)
 
 
-def _shards(cell: Cell, folder: Path) -> list[Record]:
-    """The records of all shards, in the first number of them that is complete."""
-    counts = {int(path.stem.rpartition("of")[2]) for path in folder.glob("*of*.json") if _is_shard(path.stem, cell)}
-    for count in sorted(counts):
-        paths = [folder / f"{shard.name}.json" for shard in cell.split(count)]
-        if all(path.is_file() for path in paths):
-            return [load(path) for path in paths]
-    return []
+def _merged(cell: Cell, folder: Path, at_hand: Inputs) -> Record | None:
+    """The record of all shards, in the first number of them that is complete."""
+    called = re.compile(rf"{re.escape(cell.name)}_[1-9]\d*of([1-9]\d*)", re.ASCII)
+    there = Counter(int(found[1]) for path in folder.glob("*of*.json") if (found := called.fullmatch(path.stem)))
+    for count in sorted(count for count, files in there.items() if files >= count):
+        parts = [finished(shard, folder, at_hand) for shard in cell.split(count)]
+        whole = [part for part in parts if part is not None]
+        if len(whole) == count:
+            try:
+                return merge(whole)
+            except ValueError as error:
+                raise ValueError(f"{folder}/{cell.name}_*of{count}.json: {error}") from error
+    return None
 
 
-def _is_shard(stem: str, cell: Cell) -> bool:
-    before, _, last = stem.rpartition("_")
-    return before == cell.name and last.replace("of", "").isdigit()
-
-
-def results(sweep: Sweep, folder: str | os.PathLike[str]) -> tuple[list[Record], list[Cell]]:
+def results(
+    sweep: Sweep, folder: str | os.PathLike[str], say: Callable[[str], None] | None = None
+) -> tuple[list[Record], list[Cell]]:
     """A record for each cell and ball, in the order of the sweep's file, and the cells that have none yet.
+
+    Parameters
+    ----------
+    sweep : Sweep
+    folder : path
+        Of the records.
+    say : callable, optional
+        Is told of each file that is no record, or one of other inputs or another version; its cell counts among those
+        without a record, and the others go on. By default the first such file is an error.
+
+    Raises
+    ------
+    ValueError
+        See `say`; the message names the file.
 
     Examples
     --------
@@ -223,9 +240,21 @@ def results(sweep: Sweep, folder: str | os.PathLike[str]) -> tuple[list[Record],
     >>> len(found), len(missing) > 0
     (0, True)
     """
+    return _results(sweep, Inputs(folder), folder, say)
+
+
+def _results(
+    sweep: Sweep, at_hand: Inputs, folder: str | os.PathLike[str], say: Callable[[str], None] | None
+) -> tuple[list[Record], list[Cell]]:
     found, missing = [], []
     for task in sweep.tasks:
-        record = whole_record(task.cell, folder)
+        try:
+            record = whole_record(task.cell, folder, at_hand)
+        except ValueError as error:
+            if say is None:
+                raise
+            say(str(error))
+            record = None
         if record is None:
             missing.append(task.cell)
         else:
@@ -234,7 +263,10 @@ def results(sweep: Sweep, folder: str | os.PathLike[str]) -> tuple[list[Record],
 
 
 def write_tables(
-    sweep: Sweep, records: str | os.PathLike[str], out: str | os.PathLike[str]
+    sweep: Sweep,
+    records: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    say: Callable[[str], None] | None = None,
 ) -> tuple[list[Path], list[Cell]]:
     """Rebuild the tables and figures of a sweep from its records.
 
@@ -247,6 +279,8 @@ def write_tables(
     sweep : Sweep
     records, out : path
         The folders of the records and of the tables.
+    say : callable, optional
+        See `results`: is told of records that cannot be used.
 
     Returns
     -------
@@ -260,13 +294,15 @@ def write_tables(
     Raises
     ------
     ValueError
-        There is no record, or one is of another version.
+        There is no record, or one cannot be used and `say` is not there to be told.
 
     Examples
     --------
     >>> write_tables(load_sweep("kappa"), "results/kappa/records", "results/kappa/tables")  # doctest: +SKIP
     """
-    found, missing = results(sweep, records)
+    at_hand = Inputs(records)
+    found, missing = _results(sweep, at_hand, records, say)
+    at_hand.keep()
     if not found:
         raise ValueError(f"folder={str(records)!r} holds no record of the sweep {sweep.name!r}")
     rows = frame(found)

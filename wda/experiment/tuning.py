@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from wda.budget import robust_accuracy
-from wda.checks import number, whole
+from wda.checks import choice, number, stored_number, stored_numbers, whole
 from wda.data import load as load_data
-from wda.experiment.cells import checksum, load_inputs
+from wda.experiment.contents import check_provenance, check_sums, check_threat
+from wda.experiment.inputs import checksum, load_inputs
 from wda.experiment.records import Record, case, provenance, save
-from wda.files import check_writable, write_atomically
+from wda.files import check_writable, naming, read_json, write_atomically
 from wda.passes import Oracle
 from wda.threat import Threat
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from wda.training import FineTuned
 
-__all__ = ["run_finetune", "tuning_table"]
+__all__ = ["read_finetune", "run_finetune", "tuning_table"]
 
 
 def run_finetune(
@@ -181,6 +183,83 @@ def _file_name(about: Mapping[str, Any]) -> str:
     mark = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     tuned = f"{about['variant']}_tau{about['tau']:g}_eta{about['eta']:g}_{about['attack']}_s{about['seed']}"
     return f"{case(about)}_{tuned}_{about['dtype']}_{mark}.json"
+
+
+def read_finetune(path: str | os.PathLike[str]) -> Record:
+    """Read a record of `run_finetune`, and check it whole: by its checksum, entry by entry, and against itself.
+
+    The name of the file follows from the parameters, the epoch from the history, the accuracy from the distances. The
+    checksum tells of damage, not of malice; records from before there were checksums are read too.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file is no such record, or damaged; the message names it.
+
+    Examples
+    --------
+    >>> read_finetune("results/finetune/one.json")  # doctest: +SKIP
+    """
+    with naming(path, "record of a fine-tuning"):
+        record = read_json(path)
+        _check(record)
+        if Path(path).name != (accepted := _file_name(record["parameters"])):
+            raise ValueError(f"its parameters are those of {accepted}")
+    return record
+
+
+def _check(record: Record) -> None:
+    from wda.training.run import Settings
+
+    p, history = record["parameters"], record["history"]
+    for name in ("data", "model", "train", "device"):
+        if not isinstance(p[name], str):
+            raise ValueError(f"{name}={p[name]!r}: text is accepted")
+    check_threat(p)
+    check_sums(p, "data", "model", "train")
+    check_provenance(record)
+    choice("dtype", p["dtype"], ("float32", "float64"))
+    stored_number("validation", p["validation"], 0, 1)
+    for name in ("n", "n_train", "n_validation", "epochs"):
+        whole(name, p[name])
+    settings = {field.name: p[field.name] for field in fields(Settings)}
+    if asdict(Settings(**settings)) != settings:
+        raise ValueError(f"its settings are {settings}")
+
+    if not isinstance(history, list) or len(history) != p["epochs"] + 1:
+        raise ValueError(f"history: {p['epochs'] + 1} epochs are accepted")
+    for place, epoch in enumerate(history):
+        stored_numbers("history: epoch", [epoch["epoch"]], 1, place, place, int)
+        for name in ("validation", "test"):
+            _check_score(f"history[{place}]: {name}", epoch[name])
+        stored_numbers(f"history[{place}]", [epoch["loss"], epoch["clean_loss"]], 2, -_MOST, missing=not place)
+        for name in ("upsilon", "budget"):
+            stored_numbers(f"history[{place}]: {name}", epoch[name], len(epoch["upsilon"]))
+    best = [epoch["validation"]["distributional"] for epoch in history[1:]]
+    if record["epoch"] != best.index(max(best)) + 1:
+        raise ValueError(f"epoch={record['epoch']!r}, and {best.index(max(best)) + 1} follows from its history")
+    for when, epoch in (("before", history[0]), ("after", history[record["epoch"]])):
+        found = record[when]
+        _check_score(when, found)
+        for name in {"distance", "radius", "longer"} & found.keys():
+            few = name != "distance" and isinstance(found[name], list)  # some are of the first images only
+            stored_numbers(f"{when}: {name}", found[name], len(found[name]) if few else p["n"], missing=True)
+        right = sum(distance != 0 for distance in found["distance"]) / p["n"]
+        if not math.isclose(found["clean"], right, abs_tol=1e-9):
+            raise ValueError(f"{when}: clean={found['clean']!r}, and {right!r} follows from its distances")
+        if any(found[name] != epoch["test"][name] for name in ("clean", "pointwise")):
+            raise ValueError(f"{when}: the score is not that of epoch {epoch['epoch']}")
+
+
+def _check_score(name: str, score: Mapping[str, Any]) -> None:
+    for measure in ("clean", "pointwise", "distributional"):
+        stored_number(f"{name}: {measure}", score[measure], 0, 1)
+    stored_numbers(f"{name}: upsilon", [score["upsilon"]], 1, missing=True)
+
+
+_MOST = sys.float_info.max
 
 
 def tuning_table(record: Record, orders: Sequence[float] = (math.inf, 2, 1)) -> pd.DataFrame:

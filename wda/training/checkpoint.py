@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wda.files import write_atomically
+from wda import files
+from wda.files import naming, stamped, unstamped, write_atomically
 from wda.weights import read
 
 __all__ = ["digest", "restore", "store"]
@@ -52,32 +52,39 @@ def store(path: str | os.PathLike[str], run: Mapping[str, Any], state: Mapping[s
     {'epoch': 3}
     """
     with write_atomically(path) as file:
-        torch.save({"format": _FORMAT, "run": dict(run), "state": dict(state)}, file)
+        torch.save(stamped({"format": _FORMAT, "run": dict(run), "state": dict(state)}), file)
 
 
 def restore(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str, Any] | None:
     """The state that `store` wrote, None where there is no such file.
 
+    The checksum in the file tells of damage, not of malice; files from before there were checksums are read too.
+
     Raises
     ------
     ValueError
-        The file is no checkpoint, or one of another run; the message says what differs.
+        The file is no checkpoint, damaged, or one of another run; the message says what differs.
 
     Examples
     --------
     >>> restore("nowhere.pt", {"seed": 0}) is None
     True
     """
-    if not Path(path).exists():
+    if not os.path.lexists(path):
         return None
-    held = read(path)
-    if held.get("format") != _FORMAT:
-        raise ValueError(f"checkpoint={str(path)!r} is no checkpoint of wda.training.finetune: {_OTHERWISE}")
+    with naming(path, f"checkpoint of wda.training.finetune ({_OTHERWISE})", "checkpoint"):
+        held = unstamped(read(path))
+        if held.keys() != {"format", "run", "state"} or held["format"] != _FORMAT:
+            raise ValueError(f"it holds {', '.join(map(repr, held))}: format, run and state are accepted")
+        for name in ("run", "state"):
+            if not isinstance(held[name], dict):
+                raise ValueError(f"{name} is a {type(held[name]).__name__}: a mapping is accepted")
     for what in {**run, **held["run"]}:
         before, value = held["run"].get(what), run.get(what)
-        if before != value and what in ("model", "train", "validation", "test"):
+        same = files.digest(before) == files.digest(value)
+        if not same and what in ("model", "train", "validation", "test"):
             raise ValueError(f"checkpoint={str(path)!r} is of a run with another {what}: {_OTHERWISE}")
-        if before != value:
+        if not same:
             raise ValueError(
                 f"checkpoint={str(path)!r} is of a run with {what}={before!r}, this one has {value!r}: "
                 f"go on with the former, {_OTHERWISE}"

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from wda.attacks import kind, options, sensitivity
-from wda.checks import choice, flag, number, whole
-from wda.files import check_writable
+from wda.checks import choice, flag, number, stored_number, stored_numbers, whole
+from wda.files import check_writable, naming
 from wda.losses import ce
 from wda.passes import Oracle, check_labels, check_sample
 from wda.threat import Threat
@@ -264,16 +264,88 @@ class Run:
         state = restore(self.path, self.identity)
         if state is None:
             return False
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.history = [_epoch(entry) for entry in state["history"]]
+        with naming(self.path, "checkpoint of such a run", "checkpoint"):
+            self._check_state(state)
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.history = [_epoch(entry) for entry in state["history"]]
         for name in _PLACE:
             setattr(self, name, state[name])
         _log.info("%s: the run goes on in epoch %d, after %d batches", self.path, self.epoch, self.batch)
         return True
 
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise an error where a state is none that this run could have been in."""
+        if state.keys() != {*_PLACE, "model", "optimiser", "history"}:
+            raise ValueError(f"its state holds {', '.join(map(repr, state))}")
+        epoch, batch = whole("epoch", state["epoch"]), whole("batch", state["batch"], 0, self.batches)
+        stored_numbers("upsilon", [state["upsilon"]], 1, 0, math.inf, missing=True)
+        stored_numbers("sums", state["sums"], 2, -sys.float_info.max)
+        estimates = slope_loss(self.how.attack, self.how.attack_options) is not None and self.threat.order < math.inf
+        for name in ("upsilons", "budgets"):
+            stored_numbers(name, state[name], batch if estimates else 0, 0, math.inf)
+        if (state["upsilon"] is None) != (not estimates or (epoch, batch) == (1, 0)):
+            raise ValueError(f"upsilon={state['upsilon']!r} after {batch} batches of epoch {epoch}")
+        if not isinstance(state["history"], list) or len(state["history"]) != epoch:
+            raise ValueError(f"history: a list of {epoch} is accepted")
+        for place, entry in enumerate(state["history"]):
+            self._check_epoch(place, entry, self.batches if estimates and place else 0)
+        scores = [entry["validation"]["distributional"] for entry in state["history"][1:]]
+        if state["best_epoch"] != (scores.index(max(scores)) + 1 if scores else 0):
+            raise ValueError(f"best_epoch={state['best_epoch']!r}, and {scores} are the accuracies that decide")
+        own = self.model.state_dict()
+        for name in ("model", "best"):
+            _check_like(name, state[name], own)
+        _check_optimiser(state["optimiser"], self.optimiser)
+
+    def _check_epoch(self, place: int, entry: Mapping[str, Any], batches: int) -> None:
+        """Raise an error where what a state says of an epoch cannot be."""
+        if entry.keys() != {field.name for field in fields(Epoch)} or entry["epoch"] != place:
+            raise ValueError(f"history[{place}] is {entry!r}")
+        for name, scored in (("validation", True), ("test", "test" in self.samples)):
+            if not scored and entry[name] is None:
+                continue
+            for measure in ("clean", "pointwise", "distributional"):
+                stored_number(f"history[{place}]: {name}: {measure}", entry[name][measure], 0, 1)
+            slope = entry[name]["upsilon"]
+            stored_numbers(f"history[{place}]: {name}: upsilon", [slope], 1, 0, math.inf, missing=True)
+        for name in ("loss", "clean_loss"):
+            stored_numbers(f"history[{place}]: {name}", [entry[name]], 1, -sys.float_info.max, missing=not place)
+        for name in ("upsilon", "budget"):
+            stored_numbers(f"history[{place}]: {name}", entry[name], batches, 0, math.inf)
+
 
 _PLACE = ("epoch", "batch", "upsilon", "sums", "upsilons", "budgets", "best", "best_epoch")
+
+
+def _check_like(name: str, held: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise an error where tensors have not the names, shapes and dtypes of the run's own, or are finite no longer."""
+    if held.keys() != own.keys():
+        raise ValueError(f"{name}: the tensors {', '.join(own)} are accepted")
+    for key, tensor in own.items():
+        if held[key].shape != tensor.shape or held[key].dtype != tensor.dtype:
+            raise ValueError(
+                f"{name}: {key} is {tuple(held[key].shape)} {held[key].dtype}: "
+                f"{tuple(tensor.shape)} {tensor.dtype} is accepted"
+            )
+        if not bool((held[key].isfinite() | ~tensor.isfinite().to(held[key].device)).all()):
+            raise ValueError(f"{name}: {key} has NaN or infinite values")
+
+
+def _check_optimiser(held: Mapping[str, Any], optimiser: torch.optim.Optimizer) -> None:
+    """Raise an error where the state of an optimiser is of another one, or of other parameters."""
+    [mine], parameters = optimiser.state_dict()["param_groups"], optimiser.param_groups[0]["params"]
+    [theirs] = held["param_groups"]
+    told = theirs.keys() | {"lr", "momentum", "params"}  # other versions of torch have more or fewer
+    if differ := [key for key in mine if key in told and theirs[key] != mine[key]]:
+        raise ValueError(f"optimiser: {', '.join(differ)} differ")
+    if not held["state"].keys() <= set(range(len(parameters))):
+        raise ValueError(f"optimiser: {len(parameters)} parameters are trained")
+    for place, kept in held["state"].items():
+        if kept.keys() != {"momentum_buffer"}:
+            raise ValueError(f"optimiser: state {place} holds {', '.join(map(repr, kept))}")
+        if kept["momentum_buffer"] is not None:
+            _check_like("optimiser", kept, {"momentum_buffer": parameters[place].detach()})
 
 
 def _checked(name: str, model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Sample:

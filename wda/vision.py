@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import json
 import os
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wda.errors import DataUnavailable
+from wda.files import workplace
 
 __all__ = ["NAMES", "fetch", "folder_of", "load"]
 
@@ -119,12 +119,7 @@ def fetch(name: str, root: Path) -> Path:
     if name == "imagenet":
         raise DataUnavailable(f"data='imagenet': the folder {folder} is not there; {_IMAGENET}")
     make = _class(name)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        workplace = tempfile.TemporaryDirectory(dir=root, prefix=".fetch-")
-    except OSError as error:
-        raise type(error)(error.errno, f"the folder {root} cannot be written: {error.strerror}") from error
-    with workplace as part:
+    with workplace(root) as part:
         try:
             make(part, download=True)
         except (OSError, RuntimeError) as error:
@@ -132,7 +127,7 @@ def fetch(name: str, root: Path) -> Path:
                 f"data={name!r}: it cannot be fetched: {type(error).__name__}: {error}; run `wda fetch {name}` on a "
                 f"machine that can, and copy the folder to {folder}"
             ) from error
-        os.replace(folder_of(name, Path(part)), folder)
+        os.replace(folder_of(name, part), folder)
     return folder
 
 

@@ -66,7 +66,7 @@ def test_a_cell_declares_what_it_assigns(source: str, tmp_path: Path) -> None:
 
 
 def test_without_a_cell_of_parameters_none_is_declared(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="parameter 'n': .* declares none, in a cell tagged parameters"):
+    with pytest.raises(TypeError, match=r"parameter 'n': .* declares none, in a cell tagged parameters"):
         notebooks.check_parameters(notebook(tmp_path / "a.ipynb", None), ["n"])
     with pytest.raises(ValueError, match=r"a.ipynb': its cell of parameters is no Python: .*, line 2"):
         notebooks.check_parameters(notebook(tmp_path / "a.ipynb", "n = 1\nm = ("), [])

@@ -20,7 +20,7 @@ from torch import Tensor
 from wda.errors import DataUnavailable
 from wda.files import workplace
 
-__all__ = ["NAMES", "fetch", "folder_of", "load"]
+__all__ = ["NAMES", "count", "fetch", "folder_of", "load"]
 
 # the class in torchvision.datasets, and the folder that its files make
 _CLASSES = {
@@ -88,6 +88,17 @@ def load(name: str, split: str, n: int | None, folder: Path) -> tuple[Tensor, Te
     x = torch.as_tensor(stored.data)[:n]
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
     return x.contiguous().float() / 255, torch.as_tensor(stored.targets, dtype=torch.int64)[:n]
+
+
+def count(name: str, split: str, folder: Path) -> int:
+    """How many samples a split has; see `load`.
+
+    Examples
+    --------
+    >>> count("cifar10", "test", Path("/data/cifar-10-batches-py"))  # doctest: +SKIP
+    10000
+    """
+    return len(_listed(None)[0]) if name == "imagenet" else len(_open(name, split, folder).targets)
 
 
 def fetch(name: str, root: Path) -> Path:

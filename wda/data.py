@@ -26,9 +26,7 @@ _TEST_EVERY = 3
 _CHANNELS = (1, 3, 4)
 
 
-def load(
-    name: str | os.PathLike[str] = "digits", split: str = "test", n: int | None = None
-) -> tuple[Tensor, Tensor]:
+def load(name: str | os.PathLike[str] = "digits", split: str = "test", n: int | None = None) -> tuple[Tensor, Tensor]:
     """A labelled sample, on the CPU.
 
     Parameters
@@ -259,4 +257,4 @@ def _pixels(x: NDArray[np.uint8]) -> NDArray[np.float32]:
             "channels C"
         )
     x = x[:, None] if x.ndim == 3 else np.moveaxis(x, -1, 1) if last else x
-    return x.astype(np.float32) / 255
+    return x.astype(np.float32) / np.float32(255)

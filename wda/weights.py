@@ -277,7 +277,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_names(path: Path, held: Mapping[Any, Any]) -> None:
+def _check_names(path: str | os.PathLike[str], held: Mapping[Any, Any]) -> None:
     for name in held:
         if not isinstance(name, str):
             raise ValueError(f"{path} holds the key {name!r}: tensors by name are needed, and a name is text")

@@ -172,7 +172,7 @@ def _here() -> type:
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
-    class Here(AsyncKernelManager):  # type: ignore[misc]
+    class Here(AsyncKernelManager):
         def __init__(self, **options: Any) -> None:
             super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
 
@@ -223,12 +223,9 @@ def _assigned(source: str) -> list[str]:
             targets = [statement.target]
         else:
             continue
-        names |= {node.id: None for target in targets for node in ast.walk(target) if _stored(node)}
+        parts = [node for target in targets for node in ast.walk(target)]
+        names |= {node.id: None for node in parts if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return list(names)
-
-
-def _stored(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
 def _literal(value: object, name: str = "") -> str:

@@ -542,7 +542,8 @@ def test_short_moves_of_many_samples_are_exact_without_a_matrix_of_all_pairs(
     adv = line(5000, 0.25)
     assert adv.wasserstein(order) == pytest.approx(0.25, rel=1e-12)
     lower, upper = adv.wasserstein_bounds(order)
-    assert lower <= 0.25 * (1 + 1e-12) and lower == pytest.approx(upper, rel=1e-9)
+    assert lower <= 0.25 * (1 + 1e-12)
+    assert lower == pytest.approx(upper, rel=1e-9)
     assert max(sizes) <= 2**22 < 5000**2
     assert sum(sizes) == 2 * 5000**2
 

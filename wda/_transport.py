@@ -57,23 +57,21 @@ def least_cost(blocks: Sequence[Block], n: int, norm: str, order: float) -> floa
     Where moves are short beside the distances in the sample, the nearest is where it came from, and the bound is the
     distance itself. Pairs are looked at in slices, so that memory grows with the number of points only.
     """
-    costs, longest = [], 0.0
+    labels = []
     for start, end, mass in blocks:
-        there, back = torch.full((len(end),), math.inf, dtype=torch.float64), []
-        for rows, distance in _slices(start, end, norm):
-            torch.minimum(there, distance.amin(0), out=there)
-            back.append(distance[:, torch.from_numpy(mass > 0)].amin(1))
-        there = there[torch.from_numpy(mass > 0)]
-        costs.append((there, torch.from_numpy(mass[mass > 0]), torch.cat(back)))
-        longest = max(longest, float(there.max()), float(costs[-1][2].max()))
+        held = torch.from_numpy(mass > 0)
+        to_start, to_end = torch.full((len(end),), math.inf, dtype=torch.float64), []
+        for distance in _slices(start, end, norm):
+            torch.minimum(to_start, distance.amin(0), out=to_start)
+            to_end.append(distance[:, held].amin(1))
+        each = torch.full((len(start),), 1 / n, dtype=torch.float64)
+        labels.append([(torch.from_numpy(mass)[held], to_start[held]), (each, torch.cat(to_end))])
+    longest = max(float(nearest.max()) for sides in labels for _, nearest in sides)
     if math.isinf(order) or longest == 0:
         return longest
-    total = 0.0
-    for there, weight, back in costs:
-        total += max(
-            math.fsum((weight * (there / longest) ** order).tolist()),
-            math.fsum(((back / longest) ** order / n).tolist()),
-        )
+    total = sum(
+        max(math.fsum((mass * (nearest / longest) ** order).tolist()) for mass, nearest in sides) for sides in labels
+    )
     return float(longest * total ** (1 / order))
 
 
@@ -82,16 +80,14 @@ def memory(blocks: Sequence[Block]) -> int:
     return max(len(start) * len(end) for start, end, _ in blocks) * 100
 
 
-def _slices(start: Tensor, end: Tensor, norm: str) -> Iterator[tuple[slice, Tensor]]:
-    """The distances from a few of the sample's points to all atoms, (rows, b), at most some 32 MB."""
-    step = max(1, 2**22 // len(end))
-    for first in range(0, len(start), step):
-        rows = slice(first, first + step)
-        yield rows, _distances(start[rows], end, norm)
+def _slices(start: Tensor, end: Tensor, norm: str) -> Iterator[Tensor]:
+    """The distances from a few of the sample's points at a time to all atoms, (few, b), in some 32 MB."""
+    for part in start.split(max(1, 2**22 // len(end))):
+        yield _distances(part, end, norm)
 
 
 def _longest(start: Tensor, end: Tensor, norm: str) -> float:
-    return max(float(distance.max()) for _, distance in _slices(start, end, norm))
+    return max(float(distance.max()) for distance in _slices(start, end, norm))
 
 
 def _distances(start: Tensor, end: Tensor, norm: str) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = ["count", "data_folder", "fetch", "find", "load"]
 
 _TEST_EVERY = 3
 _CHANNELS = (1, 3, 4)
+_WHOLE = 2**24  # beyond it single precision leaves whole numbers out
 
 
 def load(name: str | os.PathLike[str] = "digits", split: str = "test", n: int | None = None) -> tuple[Tensor, Tensor]:
@@ -232,14 +233,14 @@ def _from_file(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(x: NDArray[Any]) -> NDArray[np.float32]:
-    """Numbers as they are, in single precision; integers that it would change are refused."""
+    """Numbers as they are, in single precision, which holds floating-point numbers to 1e38 and whole ones to 2^24."""
     if x.dtype.kind not in "fbiu":
         raise ValueError(f"x is of type {x.dtype}; numbers are needed, floating-point or whole")
     with np.errstate(over="ignore"):
         single = x.astype(np.float32)
-    changed = np.isinf(single) & np.isfinite(x) if x.dtype.kind == "f" else single != x
-    if changed.any():
-        raise ValueError(f"x has the value {x[changed][0]!s}, which single precision cannot represent")
+    beyond = np.isinf(single) & np.isfinite(x) if x.dtype.kind == "f" else (x < -_WHOLE) | (x > _WHOLE)
+    if beyond.any():
+        raise ValueError(f"x has the value {x[beyond][0]!s}, which single precision cannot hold")
     return single
 
 

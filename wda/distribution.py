@@ -316,8 +316,8 @@ class AdversarialDistribution:
         Where no atom has a nearer sample of its label than its own, this coupling is the cheapest, which is seen
         without a solver and at any size. Otherwise it takes optimal transport (the package POT). Labels cannot change
         at a finite cost, and every label keeps its mass, so that splits into one transport problem per label; each
-        takes some 100 bytes for each pair of a sample and an atom of the label. For p = infinity the smallest threshold is
-        sought at which a transport plan of zero excess exists.
+        takes some 100 bytes for each pair of a sample and an atom of the label. For p = infinity the smallest threshold
+        is sought at which a transport plan of zero excess exists.
 
         What takes more than 1 GB is said before, in the log ``wda``; `wasserstein_bounds` does without.
 

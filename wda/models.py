@@ -158,6 +158,7 @@ def _read_card(path: Path) -> dict[str, Any]:
 def _check_card(about: object) -> None:
     if not isinstance(about, dict):
         raise ValueError(f"it holds {type(about).__name__}: keys and values are needed")
+    _check_spelling("", about, ("layers", "weights_file", "weights_sha256", "input", "parameters"))
     for key, (accepted, fits) in _KEYS.items():
         if not fits(about.get(key)):
             raise ValueError(f"{key}={_short(about.get(key))}: {accepted} is accepted")
@@ -166,6 +167,14 @@ def _check_card(about: object) -> None:
     for number, layer in enumerate(about["layers"]):
         _check_layer(layer, f"layers[{number}]")
     _check_input(about.get("input", {}))
+
+
+def _check_spelling(within: str, about: Mapping[str, Any], known: Sequence[str]) -> None:
+    """A card may say more than is used here; a key that is nearly one of those used would be without effect."""
+    for key in about:
+        near = [] if key in known else difflib.get_close_matches(str(key), known, n=1, cutoff=0.7)
+        if near:
+            raise ValueError(f"{within}{_short(key)} is no key that is known: is {near[0]!r} meant?")
 
 
 def _beside(value: object) -> bool:
@@ -186,6 +195,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any], object]]] = {
 def _check_input(about: object) -> None:
     if not isinstance(about, Mapping):
         raise ValueError(f"input={_short(about)}: a mapping, with mean and std, is accepted")
+    _check_spelling("input.", about, ("mean", "std", "shape", "range", "pixel_range"))
     shape = about.get("shape", [1])
     if not _list(shape) or not all(map(_size, shape)):
         raise ValueError(f"input.shape={_short(shape)}: a list of sizes is accepted")

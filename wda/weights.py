@@ -198,8 +198,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     check(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
     held = readers.get(path.suffix, _read_torch)(path)
-    if not isinstance(held, Mapping):
-        raise ValueError(f"{path} holds {type(held).__name__}: tensors by name are needed")
+    if not isinstance(held, Mapping) or not held:
+        about = type(held).__name__ if held else "nothing"
+        raise ValueError(f"{path} holds {about}: tensors by name are needed")
     _check_names(path, held)
     return dict(held)
 

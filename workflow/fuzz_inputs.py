@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import struct
 import sys
 import tempfile
@@ -227,14 +226,9 @@ def headed(header: str, version: int = 1) -> Edit:
 
 def inflated(path: Path, _: random.Random) -> None:
     """An archive that unpacks to more than is allowed, of nothing but zeros."""
-    with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-        archive.open("x.npy", "w") as file,
-    ):
-        zeros = bytes(2**20)
-        file.write(zeros[: len(zeros)])
-        for _ in range(weights._UNPACKED // len(zeros)):
-            file.write(zeros)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
+        for _ in range(weights._UNPACKED // 2**20 + 1):
+            file.write(bytes(2**20))
 
 
 _HEADERS = [
@@ -287,9 +281,10 @@ EDITS: dict[str, list[Edit]] = {
         *(said(weights_sha256=value) for value in ("0" * 63, "0" * 64, "g" * 64, "0" * 65)),
         *(said(input=value) for value in (None, 3, [], "a")),
         *(said(**{f"input__{key}": value}) for key in ("mean", "std")
-          for value in (None, 0.5, [], ["a"], [None], [True], [float("nan")], [float("inf")], [1e300], [0.1, 0.2], "1")),
+          for value in (None, 0.5, [], ["a"], [None], [True], [float("nan")], [float("inf")], [1e300], [0.1, 0.2])),
         *(said(input__std=value) for value in ([0], [0.0], [-1], [-0.5])),
-        *(said(input__shape=value) for value in (None, [], [0], [-1, 4, 4], [1.5, 4, 4], "a", [1, 6, 4], [2, 4, 4], [16])),
+        *(said(input__shape=value)
+          for value in (None, [], [0], [-1, 4, 4], [1.5, 4, 4], "a", [1, 6, 4], [2, 4, 4], [16])),
         *(said(input__range=value) for value in ([0, 255], None, [0], "a")),
         *(said(parameters=value) for value in (None, -1, 1.5, "a", 170, True)),
         *(said(layers__3__size=value) for value in (0, -1, None, "2", 1.5, True, [2], [2, 0], 2**40, 7)),
@@ -303,19 +298,22 @@ EDITS: dict[str, list[Edit]] = {
         *(said(layers__4__branch=value) for value in (None, 3, "a", [3], [None], [[]], [{"op": "relu", "a": 1}], {})),
         *(said(layers__2=value) for value in (None, 3, "relu", [], {}, {"op": 3}, {"op": "tanh"}, {"op": ["relu"]})),
         *(said(layers__2=value) for value in ({"op": None}, {"Op": "relu"}, {"op": "relu", "slope": 1})),
-        *(said(layers__2={"op": "attention", "heads": heads, "qkv": "l", "output": "l"}) for heads in (0, None, "2", 1.5)),
+        *(said(layers__2={"op": "attention", "heads": heads, "qkv": "l", "output": "l"})
+          for heads in (0, None, "2", 1.5)),
         said(layers__2={"op": "position", "embedding": "cb"}), said(layers__5=...), said(layers__6=...),
         said(input=..., inputs=INPUT), said(input__mean=..., input__means=[0.25]),
     ],
     "data .npz": [
         *_ARCHIVE, *_ANY, _half, holding(x=None), holding(y=None), holding(x=None, y=None),
-        *(holding(x=np.zeros((5, 2), kind)) for kind in ("c8", "c16", "U3", "S3", "M8[s]", "m8[s]", "V4", [("a", "f4")])),
+        *(holding(x=np.zeros((5, 2), kind))
+          for kind in ("c8", "c16", "U3", "S3", "M8[s]", "m8[s]", "V4", [("a", "f4")])),
         *(holding(x=x) for x in (np.float32(1), np.zeros(5), np.zeros((5, 0)), np.zeros((0, 2)), np.zeros((4, 2)))),
         *(holding(x=np.full((5, 2), value)) for value in (1e300, 2**24 + 1, -(2**53) - 1)),
         *(holding(x=x) for x in (_IMAGES, _IMAGES[:, :, :, :1], _IMAGES[:, :1], np.zeros((5, 2, 6, 6), np.uint8))),
         *(holding(x=np.zeros(shape, np.uint8)) for shape in ((5, 4), (5, 1, 1, 1, 1), (5, 4, 4, 4))),
         *(holding(y=y) for y in (np.int64(1), np.zeros(4, int), np.zeros((5, 1), int), np.zeros(5), np.zeros(5, bool))),
-        holding(y=np.full(5, 2**63, np.uint64)), holding(y=np.array(list("abcde"))), holding(x=np.zeros((0, 2)), y=np.zeros(0, int)),
+        holding(y=np.full(5, 2**63, np.uint64)), holding(y=np.array(list("abcde"))),
+        holding(x=np.zeros((0, 2)), y=np.zeros(0, int)),
     ],
 }  # fmt: skip
 
@@ -351,15 +349,13 @@ def edited(kind: str, seed: int = 0) -> list[str]:
     """How each edit of a kind came out; "named" is right."""
     make, read, _ = KINDS[kind]
     rng, outcomes = random.Random(seed), []
-    for edit in EDITS.get(kind, []):
-        folder = Path(tempfile.mkdtemp())
-        try:
-            path = make(folder, rng)
-            known = read(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = make(Path(folder), rng)
+        known, content = read(path), path.read_bytes()
+        for edit in EDITS.get(kind, []):
+            path.write_bytes(content)
             edit(path, rng)
             outcomes.append(outcome(kind, path, known))
-        finally:
-            shutil.rmtree(folder)
     return outcomes
 
 

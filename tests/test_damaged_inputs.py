@@ -89,7 +89,7 @@ def test_arrays_of_every_layout_are_read(kind: str, order: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["digits-mlp@", "json:loads@", "robustbench:cifar10/Linf/X@", "digits-mlp@ ", "@", "a:b@\t"]
+    "name", ["digits-mlp@", "json:loads@", "robustbench:c/L/X@", "digits-mlp@ ", "@", "a:b@\t"]
 )
 def test_an_empty_name_of_weights_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=r"model='.*@\s*': a file of weights is accepted after the @"):
@@ -148,9 +148,7 @@ def test_a_card_is_read_once_and_whole(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WDA_DATA", str(tmp_path))
     fuzz_inputs.said(layers__3__size=0)(card, random.Random(0))
     for read in (models.card, models.load):
-        with pytest.raises(
-            ValueError, match=rf"the model's card {card}: layers\[3\].size=0: a whole number >= 1, or two"
-        ):
+        with pytest.raises(ValueError, match=rf"the model's card {card}: layers\[3\].size=0: a whole number >= 1"):
             read("mine")
     layers = [*fuzz_inputs.LAYERS[:3], {"op": "maxpool2d", "size": 0}]
     with pytest.raises(ValueError, match=r"^layers\[3\].size=0: a whole number >= 1"):

@@ -102,25 +102,31 @@ def check_archive(path: str | os.PathLike[str]) -> None:
     size = Path(path).stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            for part in parts:
-                if part.flag_bits & 1 or part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise ValueError(f"{path} is encrypted or packed in another way, at its part {part.filename!r}")
-            unpacked = sum(part.file_size for part in parts)
-            if unpacked > max(_UNPACKED, _SHRINKS * size):
-                raise ValueError(
-                    f"{path} is an archive of {size} bytes that unpacks to {unpacked}: at most {_UNPACKED}, or "
-                    f"{_SHRINKS} times its own size, are accepted"
-                )
-            damaged = archive.testzip()
-    except OSError as error:
-        raise ValueError(f"{path} is cut short or damaged, at {size} bytes: {error}") from error
-    except ValueError:
-        raise
+            refused = _refused(archive, size)
+            damaged = refused or archive.testzip()
     except Exception as error:  # whatever the reader of a damaged archive stumbles over
         raise ValueError(f"{path} is cut short or damaged, at {size} bytes: {error}") from error
+    if refused:
+        raise ValueError(f"{path} {refused}")
     if damaged is not None:
         raise ValueError(f"{path} is damaged: the checksum of its part {damaged!r} is wrong")
+
+
+def _refused(archive: zipfile.ZipFile, size: int) -> str | None:
+    """Why an archive of so many bytes is not unpacked."""
+    parts = archive.infolist()
+    for part in parts:
+        if part.flag_bits & 1 or part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return f"is encrypted or packed in another way, at its part {part.filename!r}"
+        if b"PK\1\2" in part.extra + part.comment:  # a wrong length there hides the parts that follow
+            return f"is damaged: the entry of its part {part.filename!r} swallows others"
+    unpacked = sum(part.file_size for part in parts)
+    if unpacked > max(_UNPACKED, _SHRINKS * size):
+        return (
+            f"is an archive of {size} bytes that unpacks to {unpacked}: at most {_UNPACKED}, or {_SHRINKS} times its "
+            "own size, are accepted"
+        )
+    return None
 
 
 def read_arrays(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:

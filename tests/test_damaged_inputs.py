@@ -88,9 +88,7 @@ def test_arrays_of_every_layout_are_read(kind: str, order: str, tmp_path: Path) 
 # -- weights and models ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["digits-mlp@", "json:loads@", "robustbench:c/L/X@", "digits-mlp@ ", "@", "a:b@\t"]
-)
+@pytest.mark.parametrize("name", ["digits-mlp@", "json:loads@", "robustbench:c/L/X@", "digits-mlp@ ", "@", "a:b@\t"])
 def test_an_empty_name_of_weights_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=r"model='.*@\s*': a file of weights is accepted after the @"):
         models.load(name)

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wda import cli
+from wda import cli, data
 from wda.experiment import notebooks
 
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 PYTHON = {"name": "python3", "language": "python", "display_name": "Python 3"}
 
 
@@ -223,3 +225,35 @@ def test_what_is_lacking_is_told_with_what_helps(
     assert told.startswith(f"wda {words[0]}: ")
     assert said in told
     assert ("pip" in told) == (lacking != "fcntl")
+
+
+# -- data of one's own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "quick"),
+    [
+        ("own_model", ["-p", "attacks", "['fgsm']", "-p", "radii", "['1/50']", "-p", "certify", "none"]),
+        ("bracket", ["-p", "method", "linear"]),
+    ],
+)
+def test_a_file_of_few_samples_is_taken_whole_by_default(
+    name: str, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y = data.load("digits", n=6)
+    np.savez(tmp_path / "mine.npz", x=x.numpy(), y=y.numpy())
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "run",
+        str(NOTEBOOKS / f"{name}.ipynb"),
+        "-o",
+        "out.ipynb",
+        "-p",
+        "data",
+        "mine.npz",
+        "-p",
+        "output",
+        "kept",
+    ]
+    assert cli.main([*words, *quick]) == 0, capsys.readouterr().err
+    assert "6 samples" in printed(tmp_path / "out.ipynb")

@@ -33,7 +33,9 @@ def notebook(path: Path, parameters: str | None, body: str = "pass", kernel: obj
 
 def printed(path: Path) -> str:
     cells = nbformat.read(path, as_version=4).cells
-    return "".join(output.text for cell in cells for output in cell.get("outputs", []) if output.name == "stdout")
+    return "".join(
+        output.text for cell in cells for output in cell.get("outputs", []) if output.get("name") == "stdout"
+    )
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
@@ -143,6 +145,16 @@ def test_a_kernel_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().err
     assert said.startswith(f"wda run: notebook='{path}': its language is 'R', its kernel 'ir' is not here; Python")
     assert said.count("\n") == 1
+
+
+def test_a_kernel_of_another_language_may_have_no_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel(tmp_path, "of-lines", language="lines")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    asked = {"name": "of-lines", "language": "lines", "display_name": "Lines"}
+    path = notebook(tmp_path / "a.ipynb", "n = 1", kernel=asked)
+    notebooks.check_parameters(path, [])
+    with pytest.raises(TypeError, match=r"parameter 'n': .* declares none"):
+        notebooks.check_parameters(path, ["n"])
 
 
 def test_a_kernel_that_dies_is_told_of_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,5 +267,5 @@ def test_a_file_of_few_samples_is_taken_whole_by_default(
         "output",
         "kept",
     ]
-    assert cli.main([*words, *quick]) == 0, capsys.readouterr().err
+    assert cli.main([*words, "-p", "output", "kept", *quick]) == 0, capsys.readouterr().err
     assert "6 samples" in printed(tmp_path / "out.ipynb")

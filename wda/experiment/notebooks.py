@@ -182,9 +182,13 @@ def _here() -> type:
 def _declared(path: str | os.PathLike[str], notebook: Any, language: str) -> list[str]:
     """The names that the first cell tagged ``parameters`` gives a value to."""
     import papermill
+    from papermill.exceptions import PapermillException
 
     if language != _PYTHON:
-        return list(papermill.inspect_notebook(_verbatim(path)))
+        try:
+            return list(papermill.inspect_notebook(_verbatim(path)))
+        except PapermillException:  # it knows no parameters in that language
+            return []
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     try:
         return _assigned(tagged[0].source) if tagged else []

@@ -47,7 +47,7 @@ method = "auto"  # of the certificate: "auto", "optimised", "linear", "interval"
 time_limit = 60  # seconds for each sample, for "milp"
 tolerance = 0.01  # how near the search for certified radii comes to the largest it could certify, relatively
 confidence = 0.95  # of the interval for the population
-n = 100  # only the first n samples; None for all
+n = 100  # only the first n samples, or as many as there are; None for all
 seed = 0
 batch_size = 256
 dtype = "float64"  # of the attack; "float32" for large models. The certificate is in float64 always
@@ -58,10 +58,15 @@ output = "results/bracket"  # the folder of the record, made if needed
 import logging
 import sys
 
+from wda import data as samples
 from wda import experiment, figures
+from wda.checks import whole
 
 # what takes long says how far it is
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+
+if n is not None:
+    n = min(whole("n", n), samples.count(data))
 
 # %% [markdown]
 # Attack and certificate find one number for each sample: a distance at which there is an error, and a radius within

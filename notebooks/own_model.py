@@ -28,7 +28,8 @@
 #
 # `my_function()` returns a `torch.nn.Module` that takes inputs in [0, 1], with any normalisation inside, and gives
 # logits. Modules are found in the current folder, beside this notebook, and on PYTHONPATH. `my_images.npz` holds the
-# arrays `x`, images as floats (N, C, H, W) in [0, 1] or as bytes (N, H, W) or (N, H, W, C), and `y`, N integers from 0.
+# arrays `x`, images as floats (N, C, H, W) in [0, 1] or as bytes (N, H, W), (N, H, W, C) or (N, C, H, W), and `y`, N
+# integers from 0.
 
 # %% tags=["parameters"]
 model = "example_model:build"  # "module:function", "module:function@weights.pt", a bundled one, or "robustbench:..."
@@ -38,7 +39,7 @@ radii = [0.01, 0.02, 0.05]  # in units of x; fractions such as "8/255" may be st
 orders = [1, 2, "inf"]  # of the Wasserstein distance
 attacks = ["pgd", "apgd-ce", "wda"]  # point-wise, to compare with
 certify = "linear"  # "interval" is faster, "optimised" tighter, "milp" exact; "none" where there are too many units
-n = 100  # only the first n samples; None for all
+n = 100  # only the first n samples, or as many as there are; None for all
 seed = 0
 batch_size = 256
 dtype = "float64"  # the same on other machines but for rounding; "float32" for large models
@@ -58,7 +59,7 @@ import torch
 import wda
 from wda import experiment
 from wda.certificates.radius import METHODS
-from wda.checks import choice
+from wda.checks import choice, whole
 from wda.figures import COLOURS
 
 # what takes long says how far it is
@@ -66,6 +67,8 @@ logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 
 # what is wrong with the parameters is said before anything runs
 choice("certify", certify, ("none", *METHODS))
+if n is not None:
+    n = min(whole("n", n), wda.data.count(data))
 for name, value in (("radii", radii), ("orders", orders)):
     if not isinstance(value, list) or not value:
         raise TypeError(f'{name}={value!r}: a list is accepted, in a shell -p {name} "[1, 2]"')

@@ -17,7 +17,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 import wda
-from wda import AdversarialDistribution, BudgetExceeded, Threat
+from wda import AdversarialDistribution, BudgetExceeded, Threat, _transport
 from wda.passes import Counts
 
 NORMS = ("Linf", "L2", "L1")
@@ -499,3 +499,69 @@ def test_a_mass_that_is_no_mass_is_named() -> None:
         )
         with pytest.raises(BudgetExceeded, match=f"moved from sample 1 has mass {mass}"):
             adv.audit()
+
+
+# -- bounds, and what memory they take -------------------------------------------------------------------------------
+
+
+@each_norm
+@pytest.mark.parametrize("order", [1, 1.5, 2, 7, math.inf])
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_bounds_enclose_the_exact_distance(norm: str, order: float, classes: int, seed: int) -> None:
+    adv = random_distribution(seed, norm, classes=classes)
+    lower, upper = adv.wasserstein_bounds(order)
+    blocks = adv._blocks()
+    exact = min(_transport.exact_cost(blocks, len(adv.x), norm, order), upper)
+    assert 0 <= lower <= exact * (1 + 1e-9)
+    assert upper == adv.transport_cost(order)
+    assert adv.wasserstein(order) == pytest.approx(exact, rel=1e-9)
+
+
+def line(n: int, step: float, shuffle: bool = False) -> AdversarialDistribution:
+    """n samples of one label at the whole numbers, all moved by `step`, and perhaps shuffled."""
+    x = torch.arange(n, dtype=torch.float64)[:, None]
+    there = x.flip(0) if shuffle else x
+    return AdversarialDistribution.from_points(
+        x, there + step, torch.zeros(n, dtype=torch.int64), Threat("L1", 1, box=None)
+    )
+
+
+@pytest.mark.parametrize("order", [1, 2, math.inf])
+def test_short_moves_of_many_samples_are_exact_without_a_matrix_of_all_pairs(
+    order: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    distances = _transport._distances
+    monkeypatch.setattr(
+        _transport,
+        "_distances",
+        lambda *a: sizes.append(len(a[0]) * len(a[1])) or distances(*a),  # type: ignore[func-returns-value]
+    )
+    monkeypatch.setattr(_transport, "_plan", lambda *_: pytest.fail("a solver was called"))
+    adv = line(5000, 0.25)
+    assert adv.wasserstein(order) == pytest.approx(0.25, rel=1e-12)
+    lower, upper = adv.wasserstein_bounds(order)
+    assert lower <= 0.25 * (1 + 1e-12)
+    assert lower == pytest.approx(upper, rel=1e-9)
+    assert max(sizes) <= 2**22 < 5000**2
+    assert sum(sizes) == 2 * 5000**2
+
+
+def test_what_takes_much_memory_is_said_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_transport, "exact_cost", lambda *_: 0.0)
+    line(1000, 0.25, shuffle=True).wasserstein()
+    assert not caplog.records
+    line(4000, 0.25, shuffle=True).wasserstein()
+    [record] = caplog.records
+    assert "of 4000 samples and 4000 atoms takes about 1.6 GB of memory; wasserstein_bounds()" in record.getMessage()
+
+
+def test_the_lower_bound_knows_of_other_couplings() -> None:
+    """A shuffled sample costs little to reach; a lower bound by the coupling's own moves would be wrong."""
+    adv = line(30, 0.25, shuffle=True)
+    lower, upper = adv.wasserstein_bounds(1)
+    assert lower == pytest.approx(adv.wasserstein(1)) == pytest.approx(0.25)
+    assert upper > 10

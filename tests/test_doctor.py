@@ -107,8 +107,15 @@ def test_a_notebook_needs_what_it_imports_and_its_defaults(tmp_path: Path, monke
         doctor._notebook_told(notebook(path, parameters, "import nosuchpackage.part"))
     with pytest.raises(DataUnavailable, match="model='resnet'"):
         doctor._notebook_told(notebook(path, 'model = "resnet"'))
-    with pytest.raises(DataUnavailable, match="data='mnist'"):
-        doctor._notebook_told(notebook(path, 'data = "mnist"'))
+    for declared in ('data = "mnist"', 'data: "str | None" = "mnist"', 'data = other = "mnist"'):
+        with pytest.raises(DataUnavailable, match="data='mnist'"):
+            doctor._notebook_told(notebook(path, declared))
+
+
+@pytest.mark.parametrize("cell", ["%%bash\nls -l | head", "%matplotlib inline\n!ls", "n = (7\n % 3)", "%%html\n<b>"])
+def test_a_cell_that_is_not_all_python_is_no_fault(cell: str, tmp_path: Path) -> None:
+    path = notebook(tmp_path / "a.ipynb", 'data = "digits"', cell)
+    assert doctor._notebook_told(path) == "can run; its defaults need digits"
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -66,7 +66,7 @@ def test_the_first_n_samples() -> None:
 @pytest.mark.parametrize("path", ["given", "exact", "first"])
 @pytest.mark.parametrize("colour", [False, True])
 def test_bytes_are_images_with_channels_first(folder: Path, path: str, colour: bool) -> None:
-    pixels = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+    pixels = np.arange(2 * 5 * 6 * 3, dtype=np.uint8).reshape(2, 5, 6, 3)
     pixels = pixels if colour else pixels[..., 0]
     name = {"given": str(folder / "mine.npz"), "exact": "mine", "first": "mine"}[path]
     file = {"given": "mine.npz", "exact": "data/mine_test.npz", "first": "data/mine_test_first2.npz"}[path]
@@ -74,7 +74,7 @@ def test_bytes_are_images_with_channels_first(folder: Path, path: str, colour: b
     x, y = data.load(name)
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
     assert y.tolist() == [3, 1]
-    assert x.shape == (2, 3 if colour else 1, 3, 4)
+    assert x.shape == (2, 3 if colour else 1, 5, 6)
     expected = pixels[1, 1, 3, 2] if colour else pixels[1, 1, 3]
     assert x[1, -1, 1, 3].item() * 255 == pytest.approx(expected)
 

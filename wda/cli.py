@@ -7,6 +7,7 @@ import ast
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,32 +87,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.set_defaults(command=_doctor)
     options = parser.parse_args(arguments)
-    return int(options.command(options))
+    try:
+        return int(options.command(options))
+    except ModuleNotFoundError as error:
+        print(f"wda {options.command.__name__[1:]}: {_lacking(error)}", file=sys.stderr)
+        return 1
+
+
+def _lacking(error: ModuleNotFoundError) -> str:
+    """What to do where a module cannot be imported: not every one is in a package that can be installed."""
+    if error.name == "fcntl":
+        return "records are locked with fcntl, which Linux and macOS have, and Windows has in WSL only"
+    if error.name is None or error.name.partition(".")[0] == "wda":
+        return str(error)
+    return f"{error}; pip install 'wda[notebooks]', or 'wda[sweep]' for sweeps"
 
 
 def _run(options: argparse.Namespace) -> int:
-    try:
-        from papermill.exceptions import PapermillExecutionError
+    from papermill.exceptions import PapermillExecutionError
 
-        from wda.experiment import check_parameters, partial, run_notebook
-    except ImportError as error:
-        print(f"wda run: {error}; pip install 'wda[notebooks]'", file=sys.stderr)
-        return 1
-    parameters = {name: _value(text) for name, text in options.p}
+    from wda.experiment import partial, run_notebook
+
     out = options.output or str(Path("results") / Path(options.notebook).name)
     try:
-        check_parameters(options.notebook, parameters)
-    except (OSError, TypeError, ValueError) as error:
-        print(f"wda run: {error}", file=sys.stderr)
-        return 2
-    try:
+        parameters = {name: _value(text) for name, text in options.p}
         run_notebook(options.notebook, out, **parameters)
     except PapermillExecutionError as error:
         print(f"wda run: {error.ename}: {error.evalue}\nThe notebook as far as it ran: {partial(out)}", file=sys.stderr)
         return 1
-    except OSError as error:
-        print(f"wda run: {error.strerror or error}", file=sys.stderr)
+    except (OSError, TypeError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) and error.filename is None else None
+        print(f"wda run: {said or error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # of Jupyter: the kernel does not start, or died
+        print(f"wda run: {error}\nThe notebook as far as it ran: {partial(out)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what waits for the kernel would tell of its end
         print(
@@ -206,8 +216,9 @@ def _doctor(_: argparse.Namespace) -> int:
 def _value(text: str) -> object:
     """The Python literal that `text` spells, or the text."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings(action="ignore"):  # text need not be Python
+            return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 

@@ -283,8 +283,7 @@ def _notebook_told(path: Path) -> str:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] != "code":
             continue
-        # a line of IPython's own is no Python
-        tree = ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", "".join(cell["source"])))
+        tree = _parsed("".join(cell["source"]))
         imported |= _imports(tree)
         if "parameters" in cell["metadata"].get("tags", ()):
             defaults = _literals(tree)
@@ -310,6 +309,14 @@ def _modules_of(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
+def _parsed(source: str) -> ast.Module:
+    """The Python of a cell; lines that are IPython's own, and cells in another language, are none."""
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return ast.parse("" if source.startswith("%%") else re.sub(r"(?m)^\s*[%!].*$", "", source))
+
+
 def _imports(tree: ast.AST) -> set[str]:
     names = set()
     for node in ast.walk(tree):
@@ -324,11 +331,11 @@ def _literals(tree: ast.Module) -> dict[str, Any]:
     """The assignments of literals; what is computed is left out."""
     values = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            try:
-                values[node.targets[0].id] = ast.literal_eval(node.value)
-            except ValueError:
-                continue
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    with contextlib.suppress(ValueError):
+                        values[target.id] = ast.literal_eval(node.value)
     return values
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "read_json",
     "stamped",
     "unstamped",
+    "workplace",
     "write_arrays",
     "write_atomically",
     "write_json",
@@ -91,6 +92,39 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     with write_atomically(probe) as file:
         file.write(b"")
     probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def workplace(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder inside `folder` for work in progress, gone afterwards; so is what was made for it and is still empty.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be made or written; the message names it.
+
+    Examples
+    --------
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with workplace(Path(folder) / "new") as part:
+    ...         _ = (part / "file.txt").write_text("half")
+    ...     (Path(folder) / "new").exists()
+    False
+    """
+    folder = Path(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part = tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-")
+        except OSError as error:
+            raise type(error)(error.errno, f"the folder {folder} cannot be written: {error.strerror}") from error
+        with part as name:
+            yield Path(name)
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
 
 
 def _umask() -> int:

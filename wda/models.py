@@ -11,6 +11,8 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,13 +76,15 @@ def card(name: str) -> dict[str, Any]:
     ------
     DataUnavailable
         There is no such model here; the message says what is, and where others are looked for.
+    ValueError
+        The card is damaged: the message names its file, the key, its value, and what is accepted.
 
     Examples
     --------
     >>> card("digits-mlp")["data"]
     'digits'
     """
-    return dict(json.loads(_card_path(name).read_text(encoding="utf-8")))
+    return _read_card(_card_path(name))
 
 
 def load(name: str) -> nn.Module:
@@ -100,8 +104,8 @@ def load(name: str) -> nn.Module:
     DataUnavailable
         There is no such model here, or its weights are missing.
     ValueError
-        The weights are damaged, do not have the checksum that the card states, do not fit the layers, or would run
-        code; or the module cannot be imported, or the function fails or returns no module.
+        The card is damaged; the weights are, or do not have the checksum that the card states, do not fit the layers,
+        or would run code; or the module cannot be imported, or the function fails or returns no module.
 
     Examples
     --------
@@ -110,24 +114,120 @@ def load(name: str) -> nn.Module:
     """
     if not isinstance(name, str):
         raise TypeError(f"model={name!r}: a name is accepted")
-    name, _, weights = name.partition("@")
+    name, at, weights = name.partition("@")
+    if at and not weights.strip():
+        raise ValueError(f"model='{name}@{weights}': a file of weights is accepted after the @, and nothing is there")
     named = zoo.load if name.startswith(zoo.PREFIX) else _from_function if ":" in name else _stored
     return _filled_from(named(name), name, weights) if weights else named(name)
 
 
 def _stored(name: str) -> nn.Module:
     path = _card_path(name)
-    about = json.loads(path.read_text(encoding="utf-8"))
+    about = _read_card(path)
     weights = path.with_name(about["weights_file"])
     if not weights.is_file():
         raise DataUnavailable(f"model={name!r}: its weights {weights} are not there")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if digest != about["weights_sha256"]:
+    if digest != about["weights_sha256"].lower():
         raise ValueError(
             f"model={name!r}: {weights} has the SHA-256 checksum {digest}, its card states {about['weights_sha256']}: "
             "the file is damaged or another one; fetch it again"
         )
-    return build(about["layers"], read(weights), about.get("input", {}))
+    held = read(weights)
+    try:
+        net = build(about["layers"], held, about.get("input", {}))
+        _check_fit(net, about)
+    except ValueError as error:
+        raise ValueError(f"model={name!r}: the card {path} does not fit its weights {weights.name}: {error}") from error
+    return net
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """What a card says; of what `build` and `load` use, every value is one that they accept."""
+    try:
+        about = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the model's card {path} is no JSON: {error}") from error
+    try:
+        _check_card(about)
+    except ValueError as error:
+        raise ValueError(f"the model's card {path}: {error}") from error
+    return dict(about)
+
+
+def _check_card(about: object) -> None:
+    if not isinstance(about, dict):
+        raise ValueError(f"it holds {type(about).__name__}: keys and values are needed")
+    _check_spelling("", about, ("layers", "weights_file", "weights_sha256", "input", "parameters"))
+    for key, (accepted, fits) in _KEYS.items():
+        if not fits(about.get(key)):
+            raise ValueError(f"{key}={_short(about.get(key))}: {accepted} is accepted")
+    if "parameters" in about:
+        whole("parameters", about["parameters"], least=0)
+    for number, layer in enumerate(about["layers"]):
+        _check_layer(layer, f"layers[{number}]")
+    _check_input(about.get("input", {}))
+
+
+def _check_spelling(within: str, about: Mapping[str, Any], known: Sequence[str]) -> None:
+    """A card may say more than is used here; a key that is nearly one of those used would be without effect."""
+    for key in about:
+        near = [] if key in known else difflib.get_close_matches(str(key), known, n=1, cutoff=0.7)
+        if near:
+            raise ValueError(f"{within}{_short(key)} is no key that is known: is {near[0]!r} meant?")
+
+
+def _beside(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip(". ")) and not set(value) & set("/\\:\0")
+
+
+# What a card must have: each key with what is accepted, in words and as a test.
+_KEYS: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "layers": ("a list of layers", lambda value: isinstance(value, list) and len(value) > 0),
+    "weights_file": ("the name of a file beside the card", _beside),
+    "weights_sha256": (
+        "64 hexadecimal digits",
+        lambda value: isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{64}", value),
+    ),
+}
+
+
+def _check_input(about: object) -> None:
+    if not isinstance(about, Mapping):
+        raise ValueError(f"input={_short(about)}: a mapping, with mean and std, is accepted")
+    _check_spelling("input.", about, ("mean", "std", "shape", "range", "pixel_range"))
+    shape = about.get("shape", [1])
+    if not _list(shape) or not all(map(_size, shape)):
+        raise ValueError(f"input.shape={_short(shape)}: a list of sizes is accepted")
+    channels = shape[0] if "shape" in about else max(len(_list(about.get(key))) for key in ("mean", "std"))
+    for key, sign, least in (("mean", "finite", -math.inf), ("std", "positive finite", 0.0)):
+        values = about.get(key, [1])
+        fits = len(_list(values)) in (1, channels) and all(_finite(value) and value > least for value in values)
+        if not fits:
+            raise ValueError(
+                f"input.{key}={_short(values)}: a list of {sign} numbers, one or as many as channels, is accepted"
+            )
+    for key in ("range", "pixel_range"):
+        if about.get(key, [0, 1]) != [0, 1]:
+            raise ValueError(f"input.{key}={_short(about[key])}: [0, 1] is accepted, as models take inputs in it")
+
+
+def _check_fit(net: nn.Module, about: Mapping[str, Any]) -> None:
+    """The parameters are as many as the card states, and an input of the shape it states gives logits."""
+    count, stated = sum(parameter.numel() for parameter in net.parameters()), about.get("parameters")
+    if stated is not None and count != stated:
+        raise ValueError(f"parameters={stated}: the layers and the weights make {count}")
+    shape = about.get("input", {}).get("shape")
+    if shape is None:
+        return
+    dtype = next((parameter.dtype for parameter in net.parameters()), torch.float32)
+    try:
+        with torch.no_grad():
+            logits = net(torch.zeros(1, *shape, dtype=dtype))
+    except Exception as error:  # whatever a layer stumbles over
+        raise ValueError(f"the layers do not take an input of shape {shape}: {error}") from error
+    if logits.ndim != 2:
+        raise ValueError(f"the layers end in shape {tuple(logits.shape[1:])}: one number for each class is needed")
 
 
 def build(
@@ -171,8 +271,11 @@ def build(
     >>> net(torch.ones(1, 2, 1)).tolist()
     [[1.0, 1.0]]
     """
-    modules = [_module(layer, weights) for layer in layers]
     about = about_input or {}
+    _check_input(about)
+    for number, layer in enumerate(layers):
+        _check_layer(layer, f"layers[{number}]")
+    modules = [_module(layer, weights) for layer in layers]
     mean, std = about.get("mean", [0.0]), about.get("std", [1.0])
     if any(m != 0 for m in mean) or any(s != 1 for s in std):
         modules.insert(0, Normalise(mean, std))
@@ -326,10 +429,17 @@ _Weights = Mapping[str, Tensor]
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def _tensor(weights: _Weights, name: str) -> Tensor:
+def _tensor(weights: _Weights, name: str, *axes: int) -> Tensor:
+    """The tensor of that name, which must have one of these numbers of axes, where they are given."""
     if name not in weights:
         raise ValueError(f"the weights have no tensor {name!r} that the layers name")
-    return weights[name]
+    tensor = weights[name]
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
+        about = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+        raise ValueError(f"the tensor {name!r} is {about}: floating-point numbers are needed, one at least")
+    if axes and tensor.ndim not in axes:
+        raise ValueError(f"the tensor {name!r} is of shape {tuple(tensor.shape)}: {axes[0]} axes are needed")
+    return tensor
 
 
 def _filled(module: _M, weights: _Weights, **names: str | None) -> _M:
@@ -348,12 +458,12 @@ def _filled(module: _M, weights: _Weights, **names: str | None) -> _M:
 
 
 def _linear(weights: _Weights, weight: str, bias: str | None = None) -> nn.Linear:
-    out, into = _tensor(weights, weight).shape
+    out, into = _tensor(weights, weight, 2).shape
     return _filled(nn.Linear(into, out, bias=bias is not None, device="meta"), weights, weight=weight, bias=bias)
 
 
 def _conv2d(weights: _Weights, weight: str, bias: str | None = None, stride: int = 1, padding: int = 0) -> nn.Conv2d:
-    out, into, *kernel = _tensor(weights, weight).shape
+    out, into, *kernel = _tensor(weights, weight, 4).shape
     size = (kernel[0], kernel[1])
     module = nn.Conv2d(into, out, size, stride, padding, bias=bias is not None, device="meta")
     return _filled(module, weights, weight=weight, bias=bias)
@@ -362,12 +472,12 @@ def _conv2d(weights: _Weights, weight: str, bias: str | None = None, stride: int
 def _batchnorm2d(
     weights: _Weights, weight: str, bias: str, mean: str, variance: str, eps: float = 1e-5
 ) -> nn.BatchNorm2d:
-    module = nn.BatchNorm2d(len(_tensor(weights, weight)), eps)  # its counter of batches needs storage
+    module = nn.BatchNorm2d(len(_tensor(weights, weight, 1)), eps)  # its counter of batches needs storage
     return _filled(module, weights, weight=weight, bias=bias, running_mean=mean, running_var=variance)
 
 
 def _layernorm(weights: _Weights, weight: str, bias: str, eps: float = 1e-5) -> nn.LayerNorm:
-    module = nn.LayerNorm(len(_tensor(weights, weight)), eps, device="meta")
+    module = nn.LayerNorm(len(_tensor(weights, weight, 1)), eps, device="meta")
     return _filled(module, weights, weight=weight, bias=bias)
 
 
@@ -398,23 +508,75 @@ _OPS: dict[str, Callable[..., nn.Module]] = {
     "avgpool2d": lambda _, size: nn.AvgPool2d(size),
     "layernorm": _layernorm,
     "attention": _attention,
-    "position": lambda weights, embedding: Position(_tensor(weights, embedding)),
+    "position": lambda weights, embedding: Position(_tensor(weights, embedding, 2)),
     "residual": _residual,
 }
 
 
 def _module(layer: _Layer, weights: _Weights) -> nn.Module:
     options = dict(layer)
-    op = options.pop("op")
-    if op not in _OPS:
-        raise ValueError(f"op={op!r}: one of {', '.join(_OPS)} is accepted")
+    return _OPS[options.pop("op")](weights, **options)
+
+
+def _check_layer(layer: object, where: str) -> None:
+    """The layer is one of those in the table of `build`, and each of its options has a value of the option's kind."""
+    if not isinstance(layer, Mapping):
+        raise ValueError(f"{where}={_short(layer)}: a mapping with the key op is accepted")
+    options = dict(layer)
+    op = options.pop("op", None)
+    if not isinstance(op, str) or op not in _OPS:
+        raise ValueError(f"{where}.op={_short(op)}: one of {', '.join(_OPS)} is accepted")
     signature = inspect.signature(_OPS[op])
     try:
-        signature.bind(weights, **options)
+        signature.bind(None, **options)
     except TypeError as error:
         accepted = ", ".join(list(signature.parameters)[1:]) or "no option"
-        raise ValueError(f"layer {op!r}: {error}; {accepted} is accepted") from error
-    return _OPS[op](weights, **options)
+        raise ValueError(f"{where}, layer {op!r}: {error}; {accepted} is accepted") from error
+    for name, value in options.items():
+        if name in ("branch", "shortcut"):
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{where}.{name}={_short(value)}: a list of layers is accepted")
+            for number, inner in enumerate(value):
+                _check_layer(inner, f"{where}.{name}[{number}]")
+            continue
+        accepted, fits = _OPTIONS.get(name, _NAME)
+        optional = signature.parameters[name].default is None
+        if not fits(value) and not (optional and value is None):
+            raise ValueError(f"{where}.{name}={_short(value)}: {accepted} is accepted" + ", or null" * optional)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38  # of float32
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _size(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+
+
+def _sizes(value: object, least: int = 1) -> bool:
+    """One for both, or one for the height and one for the width."""
+    pair = _list(value) or (value, value)
+    return len(pair) == 2 and all(_size(one, least) for one in pair)
+
+
+# What each option takes, where it is not the name of a tensor.
+_NAME = ("the name of a tensor", lambda value: isinstance(value, str))
+_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "size": ("a whole number >= 1, or two", _sizes),
+    "stride": ("a whole number >= 1, or two", _sizes),
+    "padding": ("a whole number >= 0, or two", lambda value: _sizes(value, 0)),
+    "eps": ("a number > 0", lambda value: _finite(value) and value > 0),
+    "heads": ("a whole number >= 1", _size),
+}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _card_path(name: str) -> Path:
@@ -457,9 +619,20 @@ def _from_function(name: str) -> nn.Module:
 
 def _filled_from(model: nn.Module, name: str, path: str) -> nn.Module:
     try:
-        model.load_state_dict(state_dict(path))
+        held = state_dict(path)
+        for key, own in model.state_dict().items():
+            # copied into numbers of another kind, they would lose a part in silence
+            if key in held and _kind(held[key]) != _kind(own):
+                raise ValueError(f"{path} has {held[key].dtype} for {key}, which is {own.dtype} in {name}")
+        model.load_state_dict(held)
     except (DataUnavailable, ValueError) as error:
         raise type(error)(f"model='{name}@{path}': {error}") from error
     except RuntimeError as error:
         raise ValueError(f"model='{name}@{path}': the weights do not fit what {name} returns: {error}") from error
     return model
+
+
+def _kind(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    return "complex" if tensor.is_complex() else "floating" if tensor.is_floating_point() else "whole"

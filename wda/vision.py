@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import json
 import os
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from wda.errors import DataUnavailable
+from wda.files import workplace
 
-__all__ = ["NAMES", "fetch", "folder_of", "load"]
+__all__ = ["NAMES", "count", "fetch", "folder_of", "load"]
 
 # the class in torchvision.datasets, and the folder that its files make
 _CLASSES = {
@@ -90,6 +90,17 @@ def load(name: str, split: str, n: int | None, folder: Path) -> tuple[Tensor, Te
     return x.contiguous().float() / 255, torch.as_tensor(stored.targets, dtype=torch.int64)[:n]
 
 
+def count(name: str, split: str, folder: Path) -> int:
+    """How many samples a split has; see `load`.
+
+    Examples
+    --------
+    >>> count("cifar10", "test", Path("/data/cifar-10-batches-py"))  # doctest: +SKIP
+    10000
+    """
+    return len(_listed(None)[0]) if name == "imagenet" else len(_open(name, split, folder).targets)
+
+
 def fetch(name: str, root: Path) -> Path:
     """Download a data set, both splits, by torchvision's own means; it comes into place when it is whole.
 
@@ -119,12 +130,7 @@ def fetch(name: str, root: Path) -> Path:
     if name == "imagenet":
         raise DataUnavailable(f"data='imagenet': the folder {folder} is not there; {_IMAGENET}")
     make = _class(name)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        workplace = tempfile.TemporaryDirectory(dir=root, prefix=".fetch-")
-    except OSError as error:
-        raise type(error)(error.errno, f"the folder {root} cannot be written: {error.strerror}") from error
-    with workplace as part:
+    with workplace(root) as part:
         try:
             make(part, download=True)
         except (OSError, RuntimeError) as error:
@@ -132,7 +138,7 @@ def fetch(name: str, root: Path) -> Path:
                 f"data={name!r}: it cannot be fetched: {type(error).__name__}: {error}; run `wda fetch {name}` on a "
                 f"machine that can, and copy the folder to {folder}"
             ) from error
-        os.replace(folder_of(name, Path(part)), folder)
+        os.replace(folder_of(name, part), folder)
     return folder
 
 

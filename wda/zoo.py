@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from wda import weights
 from wda.data import data_folder
 from wda.errors import DataUnavailable
+from wda.files import workplace
 
 __all__ = ["PREFIX", "fetch", "load", "package", "parts", "published", "tables", "weight_files"]
 
@@ -309,13 +309,8 @@ def _tensors(held: object) -> Iterator[Tensor]:
 
 
 def _download(model: _Model, source: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        workplace = tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-")
-    except OSError as error:
-        raise type(error)(error.errno, f"the folder {path.parent} cannot be written: {error.strerror}") from error
-    with workplace as folder:
-        part = Path(folder) / path.name
+    with workplace(path.parent) as folder:
+        part = folder / path.name
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 importlib.import_module("robustbench.utils").download_gdrive_new(source, part)

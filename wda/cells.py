@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import overload
 
@@ -129,6 +130,55 @@ class Cells(Sequence[Cell]):
     def affine(self) -> tuple[Array, Array]:
         """The logits on each cell: Jacobians (M, K, n) and offsets (M, K)."""
         return self.dense.affine(self.masks)
+
+    def gradients(self, pairs: Sequence[tuple[int, int]]) -> Array:
+        r"""The gradients of :math:`\theta_j - \theta_k` on each cell, (M, pairs, n), for pairs (k, j).
+
+        Each is right up to 1e-10 of its length, however much of larger terms cancels.
+        """
+        select = np.zeros((len(pairs), self.dense.classes), int)
+        for p, (k, j) in builtins.enumerate(pairs):
+            select[p, [k, j]] = -1, 1
+        return self._combined(select)
+
+    def jacobians(self) -> Array:
+        """The gradients of the logits, (M, K, n), as accurate as `gradients`."""
+        return self._combined(np.eye(self.dense.classes, dtype=int))
+
+    def _combined(self, select: NDArray[np.int_]) -> Array:
+        """The gradients of sums of logits with integer factors (P, K): (M, P, n)."""
+        terms = _absolute(self.dense)
+        found: Array = select @ self.affine()[0]
+        size = np.abs(select) @ terms.affine(self.masks)[0]
+        with np.errstate(invalid="ignore"):
+            sure = _rounding(terms) * size.max(2, initial=0) <= _ROUNDING * np.abs(found).max(2, initial=0)
+        for i in np.flatnonzero(~sure.all(1)) if _ordinary(terms) else range(len(self)):
+            rows = select.astype(object) @ self.forms(i)[-1][:, :-1]
+            found[i] = [[float(Fraction(value, self.scale)) for value in row] for row in rows]
+        return found
+
+    def rounding(self, i: int) -> float:
+        """What rounding may have done to a row of `constraints` of cell i, relative to the row."""
+        A, terms = self.constraints(i)[0], _absolute(self.dense)
+        if not len(A) or not _ordinary(terms):
+            return 0.0 if not len(A) else math.inf
+        size = np.concatenate([A[0] for A, _ in terms.forms(terms.split(self.masks[i][None]))[:-1]])
+        own = np.concatenate([A[0] for A, _ in self.dense.forms(self.dense.split(self.masks[i][None]))[:-1]])
+        ratio = size.max(1, initial=0)[own.any(1)] / np.abs(own[own.any(1)]).max(1, initial=0)
+        return float(_rounding(terms) * ratio.max(initial=1.0))
+
+    def forms(self, i: int) -> list[Integers]:
+        """What each layer sees on cell i, exactly: rows of integers [A, b], which have one positive factor a layer."""
+        return self._exact.forms(self.masks[i], len(self.dense.units))
+
+    @property
+    def scale(self) -> int:
+        """By how much the rows of the logits in `forms` are larger than the network's."""
+        return self._exact.factor(len(self.dense.units))
+
+    @cached_property
+    def _exact(self) -> _Exact:
+        return _Exact(self.dense, self.box)
 
     def oriented(self) -> tuple[Array, Array]:
         r"""The half-spaces of every cell from its units, :math:`Ax \le b`: arrays (M, U, n) and (M, U).
@@ -352,8 +402,21 @@ def _layer(dense: Dense, terms: Dense, h: int, masks: Mask) -> tuple[Array, Arra
     before = dense.split(masks)[:h]
     A, b = dense.layer(h, before)
     size, offset = terms.layer(h, before)
-    share = _ULP * (8 + dense.n + sum(dense.units))
-    return np.concatenate([A, b[:, :, None]], axis=2), share * np.stack([size.max(2, initial=0), offset], axis=2)
+    noise = _rounding(terms) * np.stack([size.max(2, initial=0), offset], axis=2)
+    rows = np.concatenate([A, b[:, :, None]], axis=2)
+    return rows, noise if _ordinary(terms) else np.full_like(noise, math.inf)
+
+
+def _rounding(dense: Dense) -> float:
+    """What sums of products of weights may be off by, relative to the sum of their absolute values."""
+    return _ULP * (8 + dense.n + sum(dense.units))
+
+
+def _ordinary(terms: Dense) -> bool:
+    """Whether no product along a path is too large or too small for float64."""
+    sizes = [np.concatenate([b, *(W.ravel() for W in row)]) for row, b in zip(terms.weights, terms.bias, strict=True)]
+    spans = [np.log2(size[size > 0]) for size in sizes if size.any()]
+    return sum(max(0.0, -span.min()) for span in spans) < 900 and sum(max(0.0, span.max()) for span in spans) < 900
 
 
 def _around(

@@ -121,7 +121,9 @@ def test_copies_of_a_unit_switch_together(norm: str, copies: int) -> None:
     dense = one_layer(scales * np.array([[1.0, 2.0]]), c / scales[:, 0], 0.1 * scales[:, 0])
     slope = milp.lipschitz(dense, norm, [(1, 0)], (-1.0, 1.0))
     expected = copies % 2 * (3.0 if norm == "Linf" else 2.0)
-    assert slope.lower == slope.upper == pytest.approx(expected, abs=1e-12)
+    # a solver cannot tell 0 from what it does not see
+    assert slope.lower == pytest.approx(expected, abs=1e-12)
+    assert slope.lower <= slope.upper <= expected + 1e-6
 
 
 @each_norm
@@ -232,7 +234,8 @@ def test_recession_is_that_of_the_cones(norm: str, seed: int, sizes: tuple[int, 
     for labels in ([0], list(range(net.classes))):
         pairs = [(k, j) for k, j in all_pairs(net.classes) if k in labels]
         slope, rays = milp.recession(net.dense, norm, pairs), recession_slope(net, norm, labels, method="cones")
-        assert slope.lower == slope.upper == pytest.approx(rays.value, rel=1e-7, abs=1e-9)
+        assert slope.lower == pytest.approx(rays.value, rel=1e-7, abs=1e-9)
+        assert slope.upper == (slope.lower if rays.value else pytest.approx(0, abs=1e-6))
         if slope.direction is not None:
             assert np.linalg.norm(slope.direction, math.inf if norm == "Linf" else 1) <= 1 + 1e-12
             assert difference(net, slope.direction, slope.label, slope.rival) == pytest.approx(slope.lower, rel=1e-12)

@@ -28,7 +28,7 @@ from wda.errors import NotPiecewiseAffine
 from wda.nets import Array, Dense, Mask, Net, TooLarge, from_module
 from wda.rational import Integers, canonical, inside, integers
 
-__all__ = ["Cell", "Cells", "TooManyCells", "at", "enumerate", "few"]
+__all__ = ["Cell", "Cells", "TooManyCells", "absolute", "at", "enumerate", "few", "has_inside"]
 
 # rows of a unit normal: relative size below which a number is rounding
 _ROUNDING = 1e-10
@@ -147,7 +147,7 @@ class Cells(Sequence[Cell]):
 
     def _combined(self, select: NDArray[np.int_]) -> Array:
         """The gradients of sums of logits with integer factors (P, K): (M, P, n)."""
-        terms = _absolute(self.dense)
+        terms = absolute(self.dense)
         found: Array = select @ self.affine()[0]
         size = np.abs(select) @ terms.affine(self.masks)[0]
         with np.errstate(invalid="ignore"):
@@ -159,7 +159,7 @@ class Cells(Sequence[Cell]):
 
     def rounding(self, i: int) -> float:
         """What rounding may have done to a row of `constraints` of cell i, relative to the row."""
-        A, terms = self.constraints(i)[0], _absolute(self.dense)
+        A, terms = self.constraints(i)[0], absolute(self.dense)
         if not len(A) or not _ordinary(terms):
             return 0.0 if not len(A) else math.inf
         size = np.concatenate([A[0] for A, _ in terms.forms(terms.split(self.masks[i][None]))[:-1]])
@@ -241,7 +241,7 @@ def enumerate(net: Net | nn.Module, box: tuple[float, float] | None = None, limi
     whole("limit", limit)
     box = interval("box", box)
     _check_size(net.dense, limit)
-    exact, terms = _Exact(net.dense, box), _absolute(net.dense)
+    exact, terms = _Exact(net.dense, box), absolute(net.dense)
     if box:
         unit = _in_unit_box(net.dense, *_centred(box))
         terms = _in_unit_box(terms, *np.abs(_centred(box)))
@@ -274,8 +274,29 @@ def at(net: Net | nn.Module, x: Array, tolerance: float = 1e-9) -> Cells:
     x = np.asarray(x, dtype=np.float64).reshape(-1)
     if len(x) != net.n or not np.isfinite(x).all():
         raise ValueError(f"x={x}: {net.n} finite numbers are accepted")
-    exact, terms = _Exact(net.dense, None), _absolute(net.dense)
+    exact, terms = _Exact(net.dense, None), absolute(net.dense)
     return Cells(net.dense, _walk(exact, net.dense, terms, None, 1_000_000, (x, tolerance)))
+
+
+def has_inside(dense: Dense, mask: Mask, box: tuple[float, float] | None = None) -> bool:
+    """Whether a mask is one of those that `enumerate` lists, decided in exact arithmetic.
+
+    Examples
+    --------
+    >>> both = np.array([[1.0], [-1.0]]), np.zeros(2)
+    >>> dense = Dense(((both[0],), (np.zeros((1, 1)), np.ones((1, 2)))), (both[1], np.zeros(1)), ("relu",))
+    >>> has_inside(dense, np.array([True, True])), has_inside(dense, np.array([True, False]))
+    (False, True)
+    """
+    exact = _Exact(dense, box)
+    units = np.arange(len(mask))
+    forms = exact.forms(mask, len(dense.units))[:-1]
+    rows = np.concatenate([np.zeros((0, dense.n + 1), object), *forms])
+    depends = rows[:, :-1].any(1)
+    if ((rows[:, -1] > 0) != mask)[~depends].any():
+        return False
+    region, _ = exact.region(mask, len(dense.units), units[depends])
+    return inside(region) is not None
 
 
 def few(net: Net | nn.Module, box: tuple[float, float] | None = None, limit: int = 20_000) -> Cells | None:
@@ -315,8 +336,14 @@ def _centred(box: tuple[float, float]) -> tuple[float, float]:
     return box[0] / 2 + box[1] / 2, box[1] / 2 - box[0] / 2
 
 
-def _absolute(dense: Dense) -> Dense:
-    """The network with the absolute values of its weights and biases."""
+def absolute(dense: Dense) -> Dense:
+    """The network with the absolute values of its weights and biases: what its values are added up from.
+
+    Examples
+    --------
+    >>> absolute(Dense(((-np.ones((1, 1)),),), (-np.ones(1),), ())).bias
+    (array([1.]),)
+    """
     weights = tuple(tuple(np.abs(W) for W in row) for row in dense.weights)
     return Dense(weights, tuple(np.abs(b) for b in dense.bias), dense.activations)
 

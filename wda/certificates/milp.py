@@ -117,8 +117,8 @@ def lipschitz(
     Returns
     -------
     Slope
-        ``lower`` is the value on a cell that was found, in float64. ``upper`` is the same number where the solver
-        proved that no other is larger, to a relative 1e-6; else its dual bound, widened by as much.
+        ``lower`` is the value on a cell that was found. ``upper`` is the solver's dual bound, widened by its accuracy, a
+        relative 1e-6, and by 1e-8 of the largest number that it works with.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def lipschitz(
     >>> from wda.nets import from_module
     >>> net = from_module(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)))
     >>> slope = lipschitz(net.dense, "Linf", [(0, 1), (0, 2)], box=(0.0, 1.0))
-    >>> slope.lower == slope.upper
+    >>> slope.exact
     True
     """
     pairs, deadline = _checked(dense, norm, pairs, time_limit)
@@ -207,8 +207,8 @@ def recession(dense: Dense, norm: str, pairs: Sequence[Pair], time_limit: float 
     >>> one = np.ones((1, 1))
     >>> relu = Dense(((one,), (np.zeros((2, 1)), np.array([[1.0], [-1.0]]))), (np.zeros(1), np.zeros(2)), ("relu",))
     >>> slope = recession(relu, "L1", [(1, 0)])
-    >>> slope.lower, slope.upper, slope.direction
-    (2.0, 2.0, array([1.]))
+    >>> slope.value, slope.exact, slope.direction
+    (2.0, True, array([1.]))
     """
     pairs, deadline = _checked(dense, norm, pairs, time_limit)
     homogeneous = replace(dense, bias=tuple(np.zeros_like(b) for b in dense.bias))
@@ -413,7 +413,7 @@ class _Search:
     rounding: float = 0.0
 
     def run(self, tasks: Iterable[_Task | _Group]) -> float:
-        """An upper bound of all optima: the best value itself where that is proved."""
+        """An upper bound of all optima, by the solver's accuracy above the best value where that is the largest."""
         order = count()
         waiting = [(-task.bound, next(order), 0, task) for task in tasks]
         unseen = ACCURACY / _MAGNIFIED * max(task.reach for *_, task in waiting)
@@ -433,11 +433,8 @@ class _Search:
                 heapq.heappush(waiting, (bound, next(order), tries + 1, task))
             else:  # solved, or given up by the solver
                 failed = max(failed, -bound)
-        value = self.best.value
-        upper = max(failed, *(-bound for bound, *_ in waiting), value, self.best.doubtful)
-        # what the solver cannot see counts, unless it is no more than its accuracy
-        if upper <= self.close and max(unseen, self.rounding) <= ACCURACY * value:
-            return value
+        upper = max(failed, *(-bound for bound, *_ in waiting), self.best.value, self.best.doubtful)
+        # what the solver cannot see counts
         return upper * (1 + ACCURACY) + max(unseen, self.rounding)
 
     def solve(self, task: _Task, deadline: float) -> float:

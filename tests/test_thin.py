@@ -71,12 +71,12 @@ def test_a_thin_cone_is_seen(norm: str, k: int) -> None:
 # -- the fuzz ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", range(4))
 def test_bounds_hold_and_exact_means_exact(part: int) -> None:
-    found = [one for seed in range(1000 + 12 * part, 1012 + 12 * part) for one in thin.run(seed)]
+    found = [one for seed in range(1000 + 9 * part, 1009 + 9 * part) for one in thin.run(seed)]
     assert [one for one in found if one["verdict"] not in ("right", "open")] == []
     sure = [one["verdict"] for one in found if "cells" in one["what"] or "cones" in one["what"]]
-    assert sure.count("right") == len(sure) > 24
+    assert sure.count("right") == len(sure) > 18
 
 
 def test_the_oracle_is_right_where_everything_is_known() -> None:
@@ -118,7 +118,9 @@ def test_weights_whose_products_are_no_float64(scale: float) -> None:
     g = np.random.default_rng(0)
     first, second = g.normal(size=(3, 2)), g.normal(size=(3, 3))
     bias = g.normal(size=3)
-    plain = nn.Sequential(linear(first, bias), nn.ReLU(), linear(second, 0 * bias), nn.ReLU(), linear(second[:2], [0, 0]))
+    plain = nn.Sequential(
+        linear(first, bias), nn.ReLU(), linear(second, 0 * bias), nn.ReLU(), linear(second[:2], [0, 0])
+    )
     other = nn.Sequential(
         linear(first * scale, bias * scale), nn.ReLU(), linear(second * scale, 0 * bias), nn.ReLU(),
         linear(second[:2], [0, 0]),

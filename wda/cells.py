@@ -152,7 +152,8 @@ class Cells(Sequence[Cell]):
         size = np.abs(select) @ terms.affine(self.masks)[0]
         with np.errstate(invalid="ignore"):
             sure = _rounding(terms) * size.max(2, initial=0) <= _ROUNDING * np.abs(found).max(2, initial=0)
-        for i in np.flatnonzero(~sure.all(1)) if _ordinary(terms) else range(len(self)):
+        doubtful = np.flatnonzero(~sure.all(1)).tolist() if _ordinary(terms) else range(len(self))
+        for i in doubtful:
             rows = select.astype(object) @ self.forms(i)[-1][:, :-1]
             found[i] = [[float(Fraction(value, self.scale)) for value in row] for row in rows]
         return found
@@ -292,7 +293,7 @@ def has_inside(dense: Dense, mask: Mask, box: tuple[float, float] | None = None)
     units = np.arange(len(mask))
     forms = exact.forms(mask, len(dense.units))[:-1]
     rows = np.concatenate([np.zeros((0, dense.n + 1), object), *forms])
-    depends = rows[:, :-1].any(1)
+    depends = (rows[:, :-1] != 0).any(1)
     if ((rows[:, -1] > 0) != mask)[~depends].any():
         return False
     region, _ = exact.region(mask, len(dense.units), units[depends])
@@ -443,7 +444,7 @@ def _ordinary(terms: Dense) -> bool:
     """Whether no product along a path is too large or too small for float64."""
     sizes = [np.concatenate([b, *(W.ravel() for W in row)]) for row, b in zip(terms.weights, terms.bias, strict=True)]
     spans = [np.log2(size[size > 0]) for size in sizes if size.any()]
-    return sum(max(0.0, -span.min()) for span in spans) < 900 and sum(max(0.0, span.max()) for span in spans) < 900
+    return bool(max(sum(max(0.0, -span.min()) for span in spans), sum(max(0.0, span.max()) for span in spans)) < 900)
 
 
 def _around(
@@ -497,7 +498,8 @@ class _Exact:
         """The signs of what layer `h` sees at x, (units,)."""
         shift, (point,) = integers(x)
         value = self.forms(mask, h)[h] @ np.append(point, 1 << shift)
-        return np.sign(value).astype(float)
+        signs: Array = np.sign(value).astype(float)
+        return signs
 
     def region(
         self, mask: Mask, h: int, units: NDArray[np.intp], seen: Array | None = None
@@ -511,7 +513,7 @@ class _Exact:
         before, own = before * np.where(mask[units], 1, -1).astype(object)[:, None], forms[h]
         if seen is not None:
             before[:, -1] = 0
-            through = seen[:, :-1].any(1)
+            through = (seen[:, :-1] != 0).any(1)
             own = np.where(through[:, None], own, 0)
             own[:, -1] = np.where(through, 0, np.sign(seen[:, -1])).astype(int).astype(object)
         return np.concatenate([self.faces(own.shape[1] - 1), before]), own
@@ -533,11 +535,12 @@ def _exactly(region: Integers, rows: Integers, limit: int) -> tuple[Mask, Mask]:
     Hyperplanes are added one by one, and linear programs say which cells they cut; of several units with the same
     hyperplane one counts as a border.
     """
-    cuts = rows[:, :-1].any(1)
-    signs, first, planes = np.repeat((rows[:, -1] > 0)[None], 1, 0), [], []
+    cuts = (rows[:, :-1] != 0).any(1)
+    planes: list[Integers] = []
+    first: list[int] = []
     keys: dict[tuple[int, ...], int] = {}
     group, flipped = np.zeros(len(rows), np.intp), np.zeros(len(rows), bool)
-    for i in np.flatnonzero(cuts):
+    for i in np.flatnonzero(cuts).tolist():
         key, flipped[i] = canonical(rows[i])
         group[i] = keys.setdefault(key, len(keys))
         if group[i] == len(planes):
@@ -546,7 +549,7 @@ def _exactly(region: Integers, rows: Integers, limit: int) -> tuple[Mask, Mask]:
     region = np.array([_primitive(row) for row in region], object).reshape(-1, rows.shape[1])
     start = inside(region)
     cells = [] if start is None else [(region, np.zeros(0, bool), start)]
-    for i, plane in builtins.enumerate(planes):
+    for count, plane in builtins.enumerate(planes, 1):
         cells = [
             (np.concatenate([walls, (plane if side else -plane)[None]]), np.append(sides, side), point)
             for walls, sides, known in cells
@@ -554,7 +557,7 @@ def _exactly(region: Integers, rows: Integers, limit: int) -> tuple[Mask, Mask]:
             for point in [_inside_too(walls, plane if side else -plane, known)]
             if point is not None
         ]
-        if len(cells) * (i + 1) > limit:
+        if len(cells) * count > limit:
             raise TooManyCells(_too_many(limit))
     merged = np.array([sides for _, sides, _ in cells], bool).reshape(len(cells), len(planes))
     signs = np.repeat((rows[:, -1] > 0).astype(bool)[None], len(merged), 0)
@@ -659,9 +662,7 @@ def _close(planes: Array) -> bool:
     """Whether two hyperplanes are the same up to rounding."""
     size = 1 + np.abs(planes[:, None, -1:])
     apart = np.minimum(np.abs(planes[:, None] - planes), np.abs(planes[:, None] + planes)) > _ROUNDING * size
-    close = ~apart.any(2)
-    np.fill_diagonal(close, False)
-    return bool(close.any())
+    return bool((~apart.any(2) & ~np.eye(len(planes), dtype=bool)).any())
 
 
 _Meeting = tuple[NDArray[np.intp], Array, Array]

@@ -101,8 +101,8 @@ def maximise(cost: Integers, A: Integers, b: Integers) -> tuple[Fraction, list[F
     x = [Fraction(0)] * n
     for i, variable in enumerate(basic):
         if variable < n:
-            x[variable] = sign[variable] * Fraction(table[i, n], below)
-    return Fraction(table[m, n], below), x
+            x[variable] = sign[variable] * Fraction(int(table[i, n]), below)
+    return Fraction(int(table[m, n]), below), x
 
 
 def inside(rows: Integers) -> Integers | None:
@@ -175,7 +175,9 @@ def projection(g: Integers, cone: Integers) -> list[Fraction]:
         active.append(best)
         weight[best] = Fraction(0)
         while True:
-            found = solve([[_dot(rows[i], rows[j]) for j in active] for i in active], [_dot(rows[i], target) for i in active])
+            found = solve(
+                [[_dot(rows[i], rows[j]) for j in active] for i in active], [_dot(rows[i], target) for i in active]
+            )
             assert found is not None  # a row with a positive gain does not depend on the others
             wanted = dict(zip(active, found, strict=True))
             if min(found) > 0:

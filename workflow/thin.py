@@ -108,7 +108,9 @@ def _slab(g: np.random.Generator, apart: float) -> nn.Sequential:
 def _hat(g: np.random.Generator, w: float) -> nn.Sequential:
     """[relu(t) - 2 relu(t - w x) + relu(t - 2 w x)] / w: it grows by 1 within a cone of width w."""
     W = np.array([[0.0, 1.0], [-w, 1.0], [-2 * w, 1.0]])
-    return nn.Sequential(_linear(W, g.choice([0.0, 1.0]) * g.normal(size=3)), nn.ReLU(), _head([[1 / w, -2 / w, 1 / w]]))
+    return nn.Sequential(
+        _linear(W, g.choice([0.0, 1.0]) * g.normal(size=3)), nn.ReLU(), _head([[1 / w, -2 / w, 1 / w]])
+    )
 
 
 # -- the oracle --------------------------------------------------------------------------------------------------------
@@ -219,9 +221,10 @@ def recession(model: nn.Sequential, norm: str) -> float | None:
         for u in (ray, [-v for v in ray]):
             if any(u):
                 gain = _growth(layers, u)
-                length = {"Linf": lambda: max(map(abs, u)), "L1": lambda: sum(map(abs, u))}.get(norm)
-                square = sum((v * v for v in u), Fraction(0))
-                best = max(best, float(gain / length()) if length else _root(gain * gain / square) * (gain > 0))
+                if norm == "L2":
+                    best = max(best, _root(gain * gain / sum(v * v for v in u)) * (gain > 0))
+                else:
+                    best = max(best, float(gain / (max if norm == "Linf" else sum)(map(abs, u))))
     return best
 
 

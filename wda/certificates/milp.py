@@ -99,8 +99,8 @@ def lipschitz(
     cell would be; where several pre-activations vanish at once that may be a mask without a cell (for
     relu(x) - relu(-x) both units on at x = 0, with slope 2 instead of 1). So each mask found is looked for by a
     linear program; if its cell has no interior point in the box, the units that contradict each other, by its dual
-    solution, are excluded as they are, and the search goes on. Where rounding leaves that open, exact arithmetic decides
-    (`wda.cells.has_inside`), or, for more than 600 inputs times units, the mask counts in the upper bound alone.
+    solution, are excluded as they are, and the search goes on. Where rounding leaves that open, exact arithmetic
+    decides (`wda.cells.has_inside`), or, for more than 600 inputs times units, the mask counts in the upper bound.
 
     Parameters
     ----------
@@ -117,8 +117,8 @@ def lipschitz(
     Returns
     -------
     Slope
-        ``lower`` is the value on a cell that was found. ``upper`` is the solver's dual bound, widened by its accuracy, a
-        relative 1e-6, and by 1e-8 of the largest number that it works with.
+        ``lower`` is the value on a cell that was found. ``upper`` is the solver's dual bound, widened by its accuracy,
+        a relative 1e-6, and by 1e-8 of the largest number that it works with.
 
     Raises
     ------

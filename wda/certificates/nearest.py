@@ -80,7 +80,8 @@ class Nearest:
     @property
     def exact(self) -> Tensor:
         """Where the bounds agree to a relative 1e-5, or both are infinite; bool (N,). As for `Slope`."""
-        return agree(self.lower, self.upper)
+        known: Tensor = agree(self.lower, self.upper)
+        return known
 
 
 def nearest(

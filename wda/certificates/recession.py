@@ -28,7 +28,7 @@ from wda.rational import Integers, maximise, projection
 
 # relative error of a sum, for each of its terms; and of a gradient
 _ROUNDING = 2.0**-51
-_GRADIENT = 2e-10
+_GRADIENT = 1e-10
 # inputs times rows of a cone from which on it is not treated in exact arithmetic
 _LARGE = 600
 
@@ -126,16 +126,16 @@ def _between(g: Array, rows: Array, norm: str, rounding: float) -> tuple[float, 
     g = g / size
     off = math.sqrt(n) * (rounding + _ROUNDING * (8 + n + len(rows)))
     u, weights = _steepest(g, rows, norm)
-    most = float(np.linalg.norm(g - rows.T @ weights, exponent(dual(norm)))) + off * (1 + weights.sum()) + _GRADIENT
+    most = float(np.linalg.norm(g - rows.T @ weights, exponent(dual(norm)))) + off * (1 + weights.sum()) + n * _GRADIENT
     inward = _inward(rows) if len(rows) else np.zeros(n)
     if inward is None:
         return 0.0, size * most, np.zeros(n)
-    u = u + max(0.0, float((rows @ u).max(initial=0)) + 2 * off * (1 + np.linalg.norm(u))) * inward
+    u = u + (float((rows @ u).max(initial=0.0)) + 2 * off * (1 + float(np.linalg.norm(u)))) * inward
     length = float(np.linalg.norm(u, exponent(norm)))
     if length == 0 or (rows @ u >= -off * np.linalg.norm(u)).any():
         return 0.0, size * most, np.zeros(n)
     u = u / length
-    return size * max(0.0, float(g @ u) - _GRADIENT), size * most, u
+    return size * max(0.0, float(g @ u) - n * _GRADIENT), size * most, u
 
 
 def _inward(rows: Array) -> Array | None:
@@ -275,7 +275,10 @@ def sample_slope(net: Net | nn.Module, x: Tensor, y: Tensor, norm: str) -> Slope
     check_labels(y, net.classes)
     points = x.detach().flatten(1).double().cpu().numpy()
     return _over_cones(
-        (at(net, point, tolerance=0.0) for point in points), (pairs_of(net.classes, [k]) for k in y.tolist()), norm, "cells"
+        (at(net, point, tolerance=0.0) for point in points),
+        (pairs_of(net.classes, [k]) for k in y.tolist()),
+        norm,
+        "cells",
     )
 
 
@@ -307,7 +310,7 @@ def _growth(cells: Cells, cell: int, pair: tuple[int, int], g: Array, norm: str)
     *hidden, logits = cells.forms(cell)
     side = np.where(cells.masks[cell], -1, 1).astype(object)
     rows = np.concatenate([np.zeros((0, cells.dense.n + 1), object), *hidden])[:, :-1] * side[:, None]
-    rows, row = rows[rows.any(1)], logits[rival, :-1] - logits[label, :-1]
+    rows, row = rows[(rows != 0).any(1)], logits[rival, :-1] - logits[label, :-1]
     below = cells.scale
     found, point = _exactly(row, rows, norm)
     if not found:

@@ -12,6 +12,7 @@ __all__ = ["TOLERANCE", "Slope", "agree"]
 # relative gap of a lower and an upper bound that count as one number; everything that is called exact means this
 TOLERANCE = 1e-5
 
+
 def agree(lower: Any, upper: Any) -> Any:
     """Whether two bounds of a number of 0 or more are equal up to a relative 1e-5, or both 0, or both infinite.
 
@@ -32,7 +33,7 @@ class Slope:
     Attributes
     ----------
     lower, upper : float
-        Bounds that hold up to rounding, a relative 1e-9.
+        Bounds that hold up to rounding, a relative 1e-9; by "perspective", up to a solver's accuracy, 1e-6.
     method : str
         How they were found.
     direction : float64 array (n,), optional

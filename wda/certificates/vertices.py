@@ -154,7 +154,7 @@ def meetings(
         points = np.asarray(np.linalg.solve(planes[regular], at[regular]), np.float64).transpose(2, 0, 1)
         condition, size = np.abs(inverse).sum((1, 2)), np.abs(points).sum(2)
         off = condition * ((_SINGULAR + rounded[regular, 0]) * size + rounded[regular, 1])
-        lost = ~regular & planes.any(2).all(1)
+        lost = ~regular & (planes != 0).any(2).all(1)
         yield np.clip(points, *box) if box else points, None if _meet(planes[lost], rounded[lost, 0]) else off
 
 

@@ -284,8 +284,8 @@ def initial_slope(
         value, direction, source = problem.program().slope(norm, problem.losses(problem.x[:, None])[:, 0])
         steepest = problem.steepest()
         # relative to the largest gradient, as for the risk
-        lower, upper = value - _PROGRAM * steepest, value + _PROGRAM * steepest
-        return _slope(value, lower, min(upper, steepest), "perspective", direction, int(problem.y[source]))
+        lower, upper = value - _PROGRAM * steepest, min(value + _PROGRAM * steepest, max(value, steepest))
+        return _slope(value, lower, upper, 1e-6, "perspective", direction, int(problem.y[source]))
     around = gauge(norm, problem.net.n)
     curve = problem.curve(around)
     if len(curve.points):
@@ -296,12 +296,14 @@ def initial_slope(
         source, direction = 0, np.zeros(problem.net.n)
     direction = direction / (problem.length(direction) or 1)
     lower, upper = problem.steepest_line(around)
-    return _slope(curve.initial, lower, upper, "vertices", direction, int(problem.y[source]))
+    return _slope(curve.initial, lower, upper, 1e-9, "vertices", direction, int(problem.y[source]))
 
 
-def _slope(value: float, lower: float, upper: float, method: str, direction: Array, label: int) -> Slope:
-    """A slope that is one number unless its bounds are apart by more than rounding."""
-    if upper - lower <= 1e-9 * value:
+def _slope(
+    value: float, lower: float, upper: float, rounding: float, method: str, direction: Array, label: int
+) -> Slope:
+    """A slope that is one number unless its bounds are apart from it by more than rounding."""
+    if max(abs(value - lower), abs(upper - value)) <= rounding * value:
         lower = upper = value
     return Slope(max(0.0, lower), upper, method, *((direction, label) if value > 0 else ()))
 
@@ -384,7 +386,9 @@ class _Problem:
         steepest = self.steepest()
         start, extent = self.losses(self.x[:, None]), np.abs(self.x).max()
         doubt = self.doubt(self.x[:, None])
-        lower = upper = recession_slope(self.net, self.norm, self.y.tolist(), "cones").upper if self.box is None else 0.0
+        lower = upper = (
+            recession_slope(self.net, self.norm, self.y.tolist(), "cones").upper if self.box is None else 0.0
+        )
         for points, off in meetings(self.net, self.x, around.kinks, self.box):
             if off is None:
                 return min(lower, steepest), steepest

@@ -20,7 +20,7 @@ def test_import_brings_in_no_optional_package() -> None:
 
 
 LAYERS = [
-    {"checks", "errors", "files"},
+    {"checks", "errors", "files", "rational"},
     {"norms", "losses"},
     {"threat", "passes"},
     {"inspection", "vision", "weights"},

@@ -64,7 +64,7 @@ def test_lipschitz_is_the_steepest_cell_of_the_box(
     pairs = all_pairs(net.classes)
     slope = milp.lipschitz(net.dense, norm, pairs, box)
     J, _ = cells.enumerate(net, box).affine()
-    assert slope.lower == slope.upper
+    assert slope.exact
     assert slope.lower == pytest.approx(steepest(J, norm, pairs), rel=1e-9)
     assert slope.lower == pytest.approx(steepest(J, norm, [(slope.label, slope.rival)]), rel=1e-9)
 
@@ -77,7 +77,7 @@ def test_no_sampled_gradient_is_steeper(norm: str, seed: int) -> None:
     slope = milp.lipschitz(net.dense, norm, pairs, (-1.0, 1.0))
     x = torch.rand(2000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     seen = steepest(net.jacobian(x).numpy(), norm, pairs)
-    assert slope.lower == slope.upper
+    assert slope.exact
     assert seen <= slope.lower * (1 + 1e-12)
 
 
@@ -88,7 +88,8 @@ def test_small_and_large_weights(norm: str, scale: float) -> None:
     pairs = all_pairs(3)
     J, _ = cells.enumerate(net, (-2.0, 1.0)).affine()
     slope = milp.lipschitz(net.dense, norm, pairs, (-2.0, 1.0))
-    assert slope.lower == slope.upper == pytest.approx(steepest(J, norm, pairs), rel=1e-9)
+    assert slope.exact
+    assert slope.lower == pytest.approx(steepest(J, norm, pairs), rel=1e-9)
 
 
 @each_norm
@@ -97,7 +98,7 @@ def test_a_larger_network(norm: str) -> None:
     net = network((10, 40, 2), 0)
     slope = milp.lipschitz(net.dense, norm, [(0, 1)], (-1.0, 1.0), time_limit=300)
     x = torch.rand(2000, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert slope.lower == slope.upper
+    assert slope.exact
     assert slope.lower >= steepest(net.jacobian(x).numpy(), norm, [(0, 1)])
 
 
@@ -109,7 +110,8 @@ def test_a_larger_network(norm: str) -> None:
 def test_masks_without_a_cell_do_not_count(norm: str, box: tuple[float, float]) -> None:
     """relu(x) - relu(-x) = x has slope 1; with both units on, as they may be at x = 0, it would be 2."""
     slope = milp.lipschitz(one_layer([[1], [-1]], [1, -1]), norm, [(0, 1)], box)
-    assert slope.lower == slope.upper == pytest.approx(1, rel=1e-12)
+    assert slope.exact
+    assert slope.lower == pytest.approx(1, rel=1e-12)
 
 
 @each_norm
@@ -121,7 +123,9 @@ def test_copies_of_a_unit_switch_together(norm: str, copies: int) -> None:
     dense = one_layer(scales * np.array([[1.0, 2.0]]), c / scales[:, 0], 0.1 * scales[:, 0])
     slope = milp.lipschitz(dense, norm, [(1, 0)], (-1.0, 1.0))
     expected = copies % 2 * (3.0 if norm == "Linf" else 2.0)
-    assert slope.lower == slope.upper == pytest.approx(expected, abs=1e-12)
+    # a solver cannot tell 0 from what it does not see
+    assert slope.lower == pytest.approx(expected, abs=1e-12)
+    assert slope.lower <= slope.upper <= expected * (1 + 2e-6) + 1e-6
 
 
 @each_norm
@@ -132,7 +136,8 @@ def test_a_contradiction_of_three_units(norm: str) -> None:
     J = net.affine(np.array([m for m in itertools.product((False, True), repeat=3) if 0 < sum(m) < 3]))[0]
     assert steepest(net.affine(np.ones((1, 3), bool))[0], norm, [(0, 1)]) > steepest(J, norm, [(0, 1)])
     slope = milp.lipschitz(net, norm, [(0, 1)], (-1.0, 1.0))
-    assert slope.lower == slope.upper == pytest.approx(steepest(J, norm, [(0, 1)]), rel=1e-12)
+    assert slope.exact
+    assert slope.lower == pytest.approx(steepest(J, norm, [(0, 1)]), rel=1e-12)
 
 
 @each_norm
@@ -147,7 +152,8 @@ def test_a_contradiction_in_the_second_layer(norm: str) -> None:
     )
     dense = Dense(weights, (np.zeros(2), np.zeros(2), np.zeros(2)), ("relu", "relu"))
     slope = milp.lipschitz(dense, norm, [(0, 1)], (-1.0, 3.0))
-    assert slope.lower == slope.upper == pytest.approx(1, rel=1e-12)
+    assert slope.exact
+    assert slope.lower == pytest.approx(1, rel=1e-12)
 
 
 def steep_layer(seed: int, most: int) -> nn.Sequential:
@@ -166,7 +172,8 @@ def test_cells_much_smaller_than_the_box_count(norm: str, seed: int) -> None:
     net = from_module(steep_layer(seed, 9))
     J, _ = cells.enumerate(net, (-1.0, 1.0)).affine()
     slope = milp.lipschitz(net.dense, norm, [(0, 1)], (-1.0, 1.0))
-    assert slope.lower == slope.upper == pytest.approx(steepest(J, norm, [(0, 1)]), rel=1e-9)
+    assert slope.exact
+    assert slope.lower == pytest.approx(steepest(J, norm, [(0, 1)]), rel=1e-9)
 
 
 @each_norm
@@ -182,7 +189,8 @@ def test_cells_smaller_than_rounding_count_in_the_upper_bound(norm: str, seed: i
 def test_cells_that_only_touch_the_box_do_not_count(norm: str) -> None:
     dense = one_layer([[1.0, 0.0], [1.0, 1.0]], [5.0, 1.0], [-1.0, 0.0])  # the first unit is on beyond x = 1
     slope = milp.lipschitz(dense, norm, [(0, 1)], (0.0, 1.0))
-    assert slope.lower == slope.upper == pytest.approx(2 if norm == "Linf" else 1, rel=1e-12)
+    assert slope.exact
+    assert slope.lower == pytest.approx(2 if norm == "Linf" else 1, rel=1e-12)
 
 
 @each_norm
@@ -211,7 +219,8 @@ def test_residual_connections(norm: str) -> None:
     net = from_module(Residual())
     J, _ = cells.enumerate(net, (-3.0, 3.0)).affine()
     slope = milp.lipschitz(net.dense, norm, all_pairs(3), (-3.0, 3.0))
-    assert slope.lower == slope.upper == pytest.approx(steepest(J, norm, all_pairs(3)), rel=1e-9)
+    assert slope.exact
+    assert slope.lower == pytest.approx(steepest(J, norm, all_pairs(3)), rel=1e-9)
     rays = recession_slope(net, norm, method="cones")
     assert milp.recession(net.dense, norm, all_pairs(3)).value == pytest.approx(rays.value, rel=1e-7)
 
@@ -232,7 +241,8 @@ def test_recession_is_that_of_the_cones(norm: str, seed: int, sizes: tuple[int, 
     for labels in ([0], list(range(net.classes))):
         pairs = [(k, j) for k, j in all_pairs(net.classes) if k in labels]
         slope, rays = milp.recession(net.dense, norm, pairs), recession_slope(net, norm, labels, method="cones")
-        assert slope.lower == slope.upper == pytest.approx(rays.value, rel=1e-7, abs=1e-9)
+        assert slope.lower == pytest.approx(rays.value, rel=1e-7, abs=1e-9)
+        assert slope.exact if rays.value else 0 <= slope.upper < 1e-6
         if slope.direction is not None:
             assert np.linalg.norm(slope.direction, math.inf if norm == "Linf" else 1) <= 1 + 1e-12
             assert difference(net, slope.direction, slope.label, slope.rival) == pytest.approx(slope.lower, rel=1e-12)
@@ -255,7 +265,7 @@ def test_recession_of_the_digits_network_beats_every_attacked_direction(norm: st
     pairs = [(3, 8)]
     slope = milp.recession(net.dense, norm, pairs, time_limit=300)
     attacked, _ = recession_lower(net, norm, pairs, starts=20)
-    assert slope.lower == slope.upper
+    assert slope.exact
     assert float(attacked.max()) <= slope.lower * (1 + 1e-6)
     assert slope.upper <= float(recession_upper(net, norm, pairs).max())
 

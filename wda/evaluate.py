@@ -22,6 +22,7 @@ from wda.attacks import Distances, attack, distances
 from wda.budget import robust_accuracy, spend
 from wda.certificates.nearest import Nearest
 from wda.certificates.radius import LEAST, METHODS, by_programs, margin_bound, radius, read, verified
+from wda.certificates.slope import agree
 from wda.checks import choice, number, stored_number, stored_numbers, whole
 from wda.errors import NotPiecewiseAffine
 from wda.files import naming, read_json, write_json
@@ -36,9 +37,6 @@ from wda.threat import Threat
 __all__ = ["Bracket", "RiskBracket", "bracket", "risk_bracket"]
 
 Budgets = float | str | Sequence[float] | Tensor
-
-# distance and certificate agree to the solver's accuracy
-_EXACT = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,8 @@ class Bracket:
     @property
     def exact(self) -> Tensor:
         """The samples whose distance is known, bool (N,): attack and certificate meet, to a relative 1e-5."""
-        return (self.distance <= self.radius * (1 + _EXACT)) | (self.radius == math.inf)
+        known: Tensor = agree(self.radius, self.distance)
+        return known
 
     def curve(self, eps: Budgets, order: float | str | None = None) -> tuple[Tensor, Tensor]:
         """The bracket in balls of other radii, and of another order if one is given.

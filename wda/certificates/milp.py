@@ -21,6 +21,7 @@ from itertools import count
 import numpy as np
 from scipy.optimize import linprog
 
+from wda.cells import Cells, absolute, has_inside
 from wda.certificates.program import ACCURACY, Columns, Graph, Program, Terms, graph, negative, scaled, signs, unit_ball
 from wda.certificates.slope import Slope
 from wda.checks import choice, number
@@ -33,21 +34,31 @@ Pair = tuple[int, int]
 
 # a unit that is on or off by less than this, in scaled units, may be so by rounding
 _ROUNDING = 1e-11
-# what the same number is at most where units contradict each other exactly
+# the same for a unit that depends on x by no more than that
+_CLEAR = 1e-10
+# units contradict each other for certain by more than this
 _EMPTY = 1e-13
+# inputs times units up to which exact arithmetic decides what rounding leaves open
+_LARGE = 600
 # magnifies a cell that is not found: the solver's tolerance of 1e-7 becomes that small
 _ZOOM = 1e6
 # how many points are tried before the first program
 _SAMPLES = 512
+# objectives are multiplied by this, which makes the solver's absolute tolerances of them that small
+_MAGNIFIED = 100.0
 # the first try of a program may use up this part of the time left
 _SHARES = 16
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One program of a search: maximise ``constant`` plus the terms, which is at most ``bound``."""
+    """One program of a search: maximise ``constant`` plus the terms, which is at most ``bound``.
+
+    ``reach`` is what interval arithmetic says of it: the size of the numbers that the solver works with.
+    """
 
     bound: float
+    reach: float
     pair: Pair
     program: Program
     terms: Terms
@@ -59,6 +70,7 @@ class _Group:
     """Tasks that are made when their turn comes, which may take until a deadline; no optimum exceeds ``bound``."""
 
     bound: float
+    reach: float
     tasks: Callable[[float], Iterable[_Task]]
 
 
@@ -87,8 +99,8 @@ def lipschitz(
     cell would be; where several pre-activations vanish at once that may be a mask without a cell (for
     relu(x) - relu(-x) both units on at x = 0, with slope 2 instead of 1). So each mask found is looked for by a
     linear program; if its cell has no interior point in the box, the units that contradict each other, by its dual
-    solution, are excluded as they are, and the search goes on. A mask of which neither is shown, as its cell would be
-    smaller than rounding, is passed over too, but counts in the upper bound.
+    solution, are excluded as they are, and the search goes on. Where rounding leaves that open, exact arithmetic
+    decides (`wda.cells.has_inside`), or, for more than 600 inputs times units, the mask counts in the upper bound.
 
     Parameters
     ----------
@@ -105,8 +117,8 @@ def lipschitz(
     Returns
     -------
     Slope
-        ``lower`` is the value on a cell that was found, in float64. ``upper`` is the same number where the solver
-        proved that no other is larger, to a relative 1e-6; else its dual bound, widened by as much.
+        ``lower`` is the value on a cell that was found. ``upper`` is the solver's dual bound, widened by its accuracy,
+        a relative 1e-6, and by 1e-8 of the largest number that it works with.
 
     Raises
     ------
@@ -121,7 +133,7 @@ def lipschitz(
     >>> from wda.nets import from_module
     >>> net = from_module(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)))
     >>> slope = lipschitz(net.dense, "Linf", [(0, 1), (0, 2)], box=(0.0, 1.0))
-    >>> slope.lower == slope.upper
+    >>> slope.exact
     True
     """
     pairs, deadline = _checked(dense, norm, pairs, time_limit)
@@ -133,16 +145,19 @@ def lipschitz(
     program = Program()
     whole = graph(program, here, unit_ball(program, dense.n, "Linf"), deadline)
     distinct = {tuple(sorted(pair)): pair for pair in reversed(pairs)}.values()
-    best = _sampled(here, norm, list(distinct))
+    best = _sampled(here, dense, norm, list(distinct))
+    best.value *= radius / size
 
     def examine(task: _Task, program: Program, point: Array) -> bool:
         mask = whole.mask(point)
         units = _conflict(here, mask)
+        if units is None and sum(dense.units) * dense.n <= _LARGE:
+            units = np.full_like(mask, not has_inside(dense, mask, box))
         if units is not None and units.any():
             for each in (program, task.program, whole.program):
                 whole.exclude(each, mask, units)
             return True
-        value = float(_sizes(here, norm, mask[None], task.pair)[0])
+        value = float(_sizes(dense, norm, mask[None], task.pair)[0]) * radius / size
         if units is None:
             best.doubtful = max(best.doubtful, value)
         else:
@@ -153,7 +168,8 @@ def lipschitz(
     groups = []
     for pair in distinct:
         make = partial(_gradients, whole, norm, pair)
-        groups.append(_Group(max(task.bound for task in make(-math.inf)), make))
+        tasks = list(make(-math.inf))
+        groups.append(_Group(max(task.bound for task in tasks), max(task.reach for task in tasks), make))
     upper = _Search(best, examine, deadline).run(groups)
     label, rival = best.pair
     return Slope(best.value * size / radius, upper * size / radius, "milp", label=label, rival=rival)
@@ -191,12 +207,13 @@ def recession(dense: Dense, norm: str, pairs: Sequence[Pair], time_limit: float 
     >>> one = np.ones((1, 1))
     >>> relu = Dense(((one,), (np.zeros((2, 1)), np.array([[1.0], [-1.0]]))), (np.zeros(1), np.zeros(2)), ("relu",))
     >>> slope = recession(relu, "L1", [(1, 0)])
-    >>> slope.lower, slope.upper, slope.direction
-    (2.0, 2.0, array([1.]))
+    >>> slope.value, slope.exact, slope.direction
+    (2.0, True, array([1.]))
     """
     pairs, deadline = _checked(dense, norm, pairs, time_limit)
     homogeneous = replace(dense, bias=tuple(np.zeros_like(b) for b in dense.bias))
     here, size = _unit_logits(scaled(homogeneous, np.zeros(dense.n), 1.0))
+    terms = absolute(here)
     program = Program()
     whole = graph(program, here, unit_ball(program, dense.n, norm), deadline)
     best = _Best(0.0, pairs[0])
@@ -209,8 +226,9 @@ def recession(dense: Dense, norm: str, pairs: Sequence[Pair], time_limit: float 
         u = (point if exact is None else exact)[whole.values[0]]
         u = u / (float(np.linalg.norm(u, 1 if norm == "L1" else np.inf)) or 1.0)
         label, rival = task.pair
-        logits = here.logits(u[None])[0]
-        best.see(float(logits[rival] - logits[label]), task.pair, u)
+        logits, doubt = here.logits(u[None])[0], 2.0**-48 * terms.logits(np.abs(u)[None])[0]
+        gain, doubt = float(logits[rival] - logits[label]), float(doubt[rival] + doubt[label])
+        best.see(gain if doubt <= 1e-9 * gain else gain - doubt, task.pair, u)
         if chosen.any():
             whole.exclude(program, mask, chosen)
         return bool(chosen.any())
@@ -241,18 +259,18 @@ def _unit_logits(dense: Dense) -> tuple[Dense, float]:
 
 def _sizes(dense: Dense, norm: str, masks: Mask, pair: Pair) -> Array:
     """The dual norm of the gradient of theta_j - theta_k on each cell, (M,)."""
-    J, _ = dense.affine(masks)
-    label, rival = pair
-    sizes: Array = np.linalg.norm(J[:, rival] - J[:, label], 1 if norm == "Linf" else np.inf, axis=1)
+    sizes: Array = np.linalg.norm(Cells(dense, masks).gradients([pair])[:, 0], 1 if norm == "Linf" else np.inf, axis=1)
     return sizes
 
 
-def _sampled(dense: Dense, norm: str, pairs: Sequence[Pair]) -> _Best:
-    """The largest gradient at random points of [-1, 1]^n."""
+def _sampled(here: Dense, dense: Dense, norm: str, pairs: Sequence[Pair]) -> _Best:
+    """The largest gradient at random points of [-1, 1]^n, at which no unit is nearly 0."""
     width = max(dense.n, *dense.units, dense.classes) if dense.units else dense.n
     points = max(1, min(_SAMPLES, 20_000_000 // (dense.n * width)))
-    masks = dense.mask(np.random.default_rng(0).uniform(-1, 1, (points, dense.n)))
-    values = [float(_sizes(dense, norm, masks, pair).max()) for pair in pairs]
+    x = np.random.default_rng(0).uniform(-1, 1, (points, dense.n))
+    clear = np.all([(np.abs(z) > _ROUNDING).all(1) for z in here.preactivations(x)[:-1]] or [np.ones(points, bool)], 0)
+    masks = here.mask(x[clear])
+    values = [float(_sizes(dense, norm, masks, pair).max(initial=0)) for pair in pairs]
     return _Best(max(values), pairs[int(np.argmax(values))])
 
 
@@ -260,13 +278,14 @@ def _gradients(whole: Graph, norm: str, pair: Pair, deadline: float) -> Iterator
     """The programs whose largest optimum is the largest dual norm of the gradient of theta_j - theta_k."""
     program = whole.program.copy()
     terms, constant = _backward(whole, program, pair, deadline)
+    reach = np.maximum(*np.abs(program.range(terms, constant)))
     low, high = program.tightened(terms, constant, deadline)
     n = len(constant)
     if norm == "L1":
         for i in range(n):
             row = [(matrix[i], columns) for matrix, columns in terms]
-            yield _Task(float(high[i]), pair, program, row, float(constant[i]))
-            yield _Task(float(-low[i]), pair, program, negative(row), float(-constant[i]))
+            yield _Task(float(high[i]), float(reach[i]), pair, program, row, float(constant[i]))
+            yield _Task(float(-low[i]), float(reach[i]), pair, program, negative(row), float(-constant[i]))
         return
     # each coordinate is up - down, of which its sign lets one be positive
     rise, fall = np.maximum(high, 0), np.maximum(-low, 0)
@@ -275,7 +294,8 @@ def _gradients(whole: Graph, norm: str, pair: Pair, deadline: float) -> Iterator
     program.rows([(np.eye(n), up), (-np.eye(n), down), *negative(terms)], least=constant, most=constant)
     program.rows([(np.eye(n), up), (-np.diag(rise), sign)], most=0.0)
     program.rows([(np.eye(n), down), (np.diag(fall), sign)], most=fall)
-    yield _Task(float(np.maximum(rise, fall).sum()), pair, program, [(np.ones(n), up), (np.ones(n), down)])
+    bound = float(np.maximum(rise, fall).sum())
+    yield _Task(bound, float(reach.sum()), pair, program, [(np.ones(n), up), (np.ones(n), down)])
 
 
 def _backward(whole: Graph, program: Program, pair: Pair, deadline: float) -> tuple[Terms, Array]:
@@ -308,8 +328,11 @@ def _growth(whole: Graph, pair: Pair, deadline: float) -> _Task:
         hidden = np.array([weights[k][h + 1].any(0) for k in range(h + 1, len(whole.masks))], bool).any(0)
         program.integer[d[(rows[h + 1] <= 0) & ~hidden]] = False
     terms = list(zip(rows, whole.values, strict=True))
-    _, bound = program.tightened([(row[None], columns) for row, columns in terms], np.zeros(1), deadline)
-    return _Task(float(bound[0]), pair, program, terms)
+    objective = [(row[None], columns) for row, columns in terms]
+    least, most = program.range(objective, np.zeros(1))
+    reach = float(max(-least[0], most[0])) if most[0] > 0 else 0.0
+    _, bound = program.tightened(objective, np.zeros(1), deadline)
+    return _Task(float(bound[0]), reach, pair, program, terms)
 
 
 def _conflict(dense: Dense, mask: Mask) -> Mask | None:
@@ -317,7 +340,7 @@ def _conflict(dense: Dense, mask: Mask) -> Mask | None:
 
     The inside is a point where float64 arithmetic finds every unit on its side beyond rounding: a centre of a largest
     ball. Without one, the dual solution of that linear program weighs half-spaces that contradict each other: nowhere
-    in the box is the weighted sum of what the units are on their sides by positive beyond rounding. What the
+    in the box is the weighted sum of what the units are on their sides by positive, nor 0 up to rounding. What the
     half-spaces are depends on the layers before. As a small cell may be lost in the tolerance of the solver, the
     program is solved again under a magnifying glass on its first solution. None if even that decides nothing.
     """
@@ -327,9 +350,11 @@ def _conflict(dense: Dense, mask: Mask) -> Mask | None:
     b = side * np.concatenate([form[1][0] for form in forms])
     length, centre = np.linalg.norm(A, axis=1), np.zeros(dense.n)
     flat = length <= _ROUNDING
-    units: Mask = flat & (b < -_ROUNDING)
+    units: Mask = flat & (b < -_CLEAR)
     if units.any():
         return _with_layers_before(dense, units)
+    if (flat & (b < _CLEAR)).any():
+        return None
     A, b, length = A[~flat], b[~flat], length[~flat]
     for zoom in (1.0, _ZOOM):
         solved = _largest_ball(A / length[:, None], (A @ centre + b) / length, centre, zoom)
@@ -339,7 +364,7 @@ def _conflict(dense: Dense, mask: Mask) -> Mask | None:
         if (A @ centre + b > _ROUNDING).all() and (np.abs(centre) < 1).all():
             return units
         # the largest value of the weighted sum in the box
-        if weights.any() and weights @ b + np.abs(weights @ A).sum() <= _EMPTY * weights.sum():
+        if weights.any() and weights @ b + np.abs(weights @ A).sum() <= -_EMPTY * (weights @ length):
             units[~flat] = weights > 0
             return _with_layers_before(dense, units)
     return None
@@ -378,7 +403,8 @@ class _Search:
     The task with the largest bound comes first, since it decides what is proved. It gets a share of the time left; if
     it stays open it goes back, and the next time its share is twice as large. `examine` looks at a feasible point,
     tells `best`, and returns whether it excluded the point, so that it is worth solving again. What differs by less
-    than `rounding` is the same.
+    than `rounding` is not searched for. The solver drops coefficients below 1e-9 and takes reduced costs of 1e-7 for 0:
+    so what is below 1e-8 of the numbers it works with it may not see, and the upper bound is that much larger.
     """
 
     best: _Best
@@ -387,9 +413,10 @@ class _Search:
     rounding: float = 0.0
 
     def run(self, tasks: Iterable[_Task | _Group]) -> float:
-        """An upper bound of all optima: the best value itself where that is proved."""
+        """An upper bound of all optima, by the solver's accuracy above the best value where that is the largest."""
         order = count()
         waiting = [(-task.bound, next(order), 0, task) for task in tasks]
+        unseen = ACCURACY / _MAGNIFIED * max(task.reach for *_, task in waiting)
         heapq.heapify(waiting)
         self.rounding = -0.1 * ACCURACY * waiting[0][0]
         failed = self.best.value
@@ -407,7 +434,8 @@ class _Search:
             else:  # solved, or given up by the solver
                 failed = max(failed, -bound)
         upper = max(failed, *(-bound for bound, *_ in waiting), self.best.value, self.best.doubtful)
-        return self.best.value if upper <= self.close else upper * (1 + ACCURACY)
+        # what the solver cannot see counts
+        return upper * (1 + ACCURACY) + max(unseen, self.rounding)
 
     def solve(self, task: _Task, deadline: float) -> float:
         """An upper bound of one program's optimum, no better than needed."""
@@ -416,8 +444,9 @@ class _Search:
             least = (self.best.value + self.close) / 2 - task.constant
             program.rows([(row[None], columns) for row, columns in task.terms], least=least)
         while bound > self.close:
-            optimum = program.maximise(task.terms, deadline - time.monotonic())
-            bound = min(bound, max(self.best.value, task.constant + optimum.bound))
+            terms = [(_MAGNIFIED * row, columns) for row, columns in task.terms]
+            optimum = program.maximise(terms, deadline - time.monotonic())
+            bound = min(bound, max(self.best.value, task.constant + optimum.bound / _MAGNIFIED))
             if optimum.point is None or not self.examine(task, program, optimum.point):
                 break
         return bound

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wda.certificates.program import ACCURACY, Columns, Program, Terms, graph, largest, scaled
 from wda.certificates.propagation import linear, margins, preactivations
+from wda.certificates.slope import TOLERANCE, agree
 from wda.checks import choice, interval, number
 from wda.losses import margin
 from wda.nets import Array, Net, from_module
@@ -32,8 +33,6 @@ __all__ = ["Nearest", "nearest"]
 _MAGNIFIED = 100.0
 # what the solver's tolerances change t by: for each column a reduced cost that is off by 1e-7, times a range of 2
 _PER_COLUMN = 2e-7 / _MAGNIFIED
-# relative gap of bounds that count as equal
-_EXACT = 1e-5
 # how near to each other the certified and the uncertified radius come in the search by propagated bounds
 _NEAR = 1.05
 # relative to the radius that is asked for: the search for a certified one ends here
@@ -80,8 +79,9 @@ class Nearest:
 
     @property
     def exact(self) -> Tensor:
-        """Where the bounds agree to a relative 1e-5, or both are infinite; bool (N,)."""
-        return self.upper <= (1 + _EXACT) * self.lower
+        """Where the bounds agree to a relative 1e-5, or both are infinite; bool (N,). As for `Slope`."""
+        known: Tensor = agree(self.lower, self.upper)
+        return known
 
 
 def nearest(
@@ -225,7 +225,7 @@ class _Search:
             if self.best >= radius / _GROWTH if found else radius == end or not proved:
                 break
             radius = self.best if found else min(_GROWTH * radius, end)
-        if self.lower < (1 - _EXACT) * min(self.best, end):
+        if self.lower < (1 - TOLERANCE) * min(self.best, end):
             self.lower = max(self.lower, self.certified(min(self.best, end)))
         self.lower = min(self.lower, self.best)
 

@@ -7,19 +7,30 @@ largest such slope over the labels present and the directions of unit norm. Eq. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
+import torch
 from scipy.optimize import linprog, nnls
 from torch import Tensor, nn
 
 from wda.cells import Cells, at, enumerate, few
 from wda.certificates import bounds, milp
-from wda.certificates.slope import Slope
+from wda.certificates.slope import Slope, agree
 from wda.checks import choice, whole
 from wda.nets import Array, Net, from_module
-from wda.norms import dual, exponent
+from wda.norms import dual, dual_maximiser, exponent
 from wda.passes import check_labels, check_sample
+from wda.rational import Integers, maximise, projection
+
+# relative error of a sum, for each of its terms; and of a gradient
+_ROUNDING = 2.0**-51
+_GRADIENT = 1e-10
+# inputs times rows of a cone from which on it is not treated in exact arithmetic
+_LARGE = 600
 
 __all__ = ["cone_maximum", "pairs_of", "recession_slope", "sample_slope"]
 
@@ -65,26 +76,89 @@ def cone_maximum(g: Array, cone: Array, norm: str) -> tuple[float, Array]:
     >>> cone_maximum(np.array([3.0, 4.0]), np.array([[0.0, 1.0]]), "L2")
     (3.0, array([1., 0.]))
     """
-    n = len(g)
     size = float(np.linalg.norm(g))
     if not g.any():
-        return 0.0, np.zeros(n)
-    g = g / size
-    rows = cone[cone.any(1)]
-    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    if exponent(norm) == 2:
-        u = g - rows.T @ nnls(rows.T, g)[0] if len(rows) else g
-    elif norm == "Linf":
-        u = linprog(-g, A_ub=rows, b_ub=np.zeros(len(rows)), bounds=(-1, 1), method="highs").x
-    else:
-        split = np.concatenate([np.hstack([rows, -rows]), np.ones((1, 2 * n))])
-        parts = linprog(np.append(-g, g), A_ub=split, b_ub=[0.0] * len(rows) + [1.0], method="highs").x
-        u = parts[:n] - parts[n:]
+        return 0.0, np.zeros(len(g))
+    u = _steepest(g / size, _unit(cone), norm)[0]
     length = float(np.linalg.norm(u, exponent(norm)))
     # what is left of a direction that rounding alone keeps from 0
     if length < 1e-9 or g @ u <= 0:
-        return 0.0, np.zeros(n)
-    return size * float(g @ u) / length, u / length
+        return 0.0, np.zeros(len(g))
+    return float(g @ u) / length, u / length
+
+
+def _unit(cone: Array) -> Array:
+    """The rows that are not 0, of unit length."""
+    rows = cone[cone.any(1)]
+    unit: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
+
+
+def _steepest(g: Array, rows: Array, norm: str) -> tuple[Array, Array]:
+    """A point of the cone and the ball in which <g, u> is largest, and the multipliers of the rows, as computed."""
+    n = len(g)
+    if not len(rows):
+        return dual_maximiser(torch.from_numpy(g)[None], norm)[0].numpy(), np.zeros(0)
+    if exponent(norm) == 2:
+        weights = nnls(rows.T, g)[0]
+        return g - rows.T @ weights, weights
+    options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    if norm == "Linf":
+        solved = linprog(-g, rows, np.zeros(len(rows)), bounds=(-1, 1), method="highs", options=options)
+        u = solved.x
+    else:
+        split = np.concatenate([np.hstack([rows, -rows]), np.ones((1, 2 * n))])
+        most = np.append(np.zeros(len(rows)), 1.0)
+        solved = linprog(np.append(-g, g), split, most, method="highs", options=options)
+        u = solved.x[:n] - solved.x[n:]
+    return u, np.maximum(-solved.ineqlin.marginals[: len(rows)], 0)
+
+
+def _between(g: Array, rows: Array, norm: str, rounding: float) -> tuple[float, float, Array]:
+    r"""Bounds of `cone_maximum` that hold whatever rounding and the solvers' tolerances did, and the direction.
+
+    Above, :math:`\langle g, u\rangle \le \|g - A^\top\lambda\|_s` for every :math:`\lambda \ge 0`. Below, the direction
+    is turned towards the inside of the cone until it lies in it beyond rounding. Unit `rows` are off by `rounding`.
+    """
+    size, n = float(np.linalg.norm(g)), len(g)
+    if size == 0:
+        return 0.0, 0.0, np.zeros(n)
+    g = g / size
+    off = math.sqrt(n) * (rounding + _ROUNDING * (8 + n + len(rows)))
+    u, weights = _steepest(g, rows, norm)
+    most = float(np.linalg.norm(g - rows.T @ weights, exponent(dual(norm)))) + off * (1 + weights.sum()) + n * _GRADIENT
+    inward = _inward(rows) if len(rows) else np.zeros(n)
+    if inward is None:
+        return 0.0, size * most, np.zeros(n)
+    u = u + (float((rows @ u).max(initial=0.0)) + 2 * off * (1 + float(np.linalg.norm(u)))) * inward
+    length = float(np.linalg.norm(u, exponent(norm)))
+    if length == 0 or (rows @ u >= -off * np.linalg.norm(u)).any():
+        return 0.0, size * most, np.zeros(n)
+    u = u / length
+    return size * max(0.0, float(g @ u) - n * _GRADIENT), size * most, u
+
+
+def _inward(rows: Array) -> Array | None:
+    """The shortest u with ``rows @ u <= -1``, by non-negative least squares; None if that finds none."""
+    target = np.append(np.zeros(rows.shape[1]), 1.0)
+    rest = np.vstack([-rows.T, np.ones(len(rows))]) @ nnls(np.vstack([-rows.T, np.ones(len(rows))]), target)[0] - target
+    return -rest[:-1] / rest[-1] if len(rows) and rest[-1] < -1e-12 else None
+
+
+def _exactly(g: Integers, rows: Integers, norm: str) -> tuple[Fraction, list[Fraction]]:
+    """As `cone_maximum`, in rational arithmetic; the square of the value for "L2"."""
+    n = len(g)
+    if exponent(norm) == 2:
+        u = projection(g, rows)
+        return sum((value * value for value in u), Fraction(0)), u
+    one = np.eye(n, dtype=int).astype(object)
+    if norm == "Linf":
+        return maximise(g, np.concatenate([rows, one, -one]), np.array([0] * len(rows) + [1] * 2 * n, object))
+    # u is at most t in absolute value, and the t add up to 1 or less
+    blocks = [[rows, 0 * rows], [one, -one], [-one, -one]]
+    A = np.concatenate([*(np.hstack(block) for block in blocks), [[0] * n + [1] * n]])
+    value, point = maximise(np.append(g, 0 * g), A, np.array([0] * (len(A) - 1) + [1], object))
+    return value, point[:n]
 
 
 def recession_slope(
@@ -201,7 +275,10 @@ def sample_slope(net: Net | nn.Module, x: Tensor, y: Tensor, norm: str) -> Slope
     check_labels(y, net.classes)
     points = x.detach().flatten(1).double().cpu().numpy()
     return _over_cones(
-        (at(net, point) for point in points), (pairs_of(net.classes, [k]) for k in y.tolist()), norm, "cells"
+        (at(net, point, tolerance=0.0) for point in points),
+        (pairs_of(net.classes, [k]) for k in y.tolist()),
+        norm,
+        "cells",
     )
 
 
@@ -210,20 +287,37 @@ def _over_cones(groups: Iterable[Cells], pairs: Iterable[list[tuple[int, int]]],
 
     In each group the pairs are tried in the order of the dual norm of their gradients, which no cone can exceed.
     """
-    best = Slope(0.0, 0.0, method)
+    best, upper = Slope(0.0, 0.0, method), 0.0
     for cells, of in zip(groups, pairs, strict=True):
-        J, _ = cells.affine()
-        k, j = np.array(of).T
-        gradients = J[:, j] - J[:, k]
+        gradients = cells.gradients(of)
         steep = np.linalg.norm(gradients, exponent(dual(norm)), axis=2)
-        cones: dict[int, Array] = {}
         for index in np.argsort(-steep, axis=None):
-            cell, pair = np.unravel_index(index, steep.shape)
-            if steep[cell, pair] <= best.upper:
+            cell, pair = (int(i) for i in np.unravel_index(index, steep.shape))
+            if steep[cell, pair] <= (upper if agree(best.lower, upper) else best.lower):
                 break
-            if cell not in cones:
-                cones[int(cell)] = cells.constraints(int(cell))[0]
-            value, direction = cone_maximum(gradients[cell, pair], cones[int(cell)], norm)
-            if value > best.upper:
-                best = Slope(value, value, method, direction, *of[pair])
-    return best
+            least, most, direction = _growth(cells, cell, of[pair], gradients[cell, pair], norm)
+            upper = max(upper, most)
+            if least > best.lower:
+                best = Slope(least, least, method, direction, *of[pair])
+    return replace(best, upper=upper)
+
+
+def _growth(cells: Cells, cell: int, pair: tuple[int, int], g: Array, norm: str) -> tuple[float, float, Array]:
+    """Bounds of the growth of one pair in the recession cone of one cell, and a direction of unit norm that has it."""
+    label, rival = pair
+    if cells.dense.n * (sum(cells.dense.units) + cells.dense.n) > _LARGE:
+        return _between(g, _unit(cells.constraints(cell)[0]), norm, cells.rounding(cell))
+    *hidden, logits = cells.forms(cell)
+    side = np.where(cells.masks[cell], -1, 1).astype(object)
+    rows = np.concatenate([np.zeros((0, cells.dense.n + 1), object), *hidden])[:, :-1] * side[:, None]
+    rows, row = rows[(rows != 0).any(1)], logits[rival, :-1] - logits[label, :-1]
+    below = cells.scale
+    found, point = _exactly(row, rows, norm)
+    if not found:
+        return 0.0, 0.0, np.zeros(len(g))
+    largest = max(abs(value) for value in point)
+    u = np.array([float(value / largest) for value in point])
+    length = float(np.linalg.norm(u, exponent(norm)))
+    # |u| is the value for the 2-norm, and 1 for the others
+    value = float(largest / below) * length if exponent(norm) == 2 else float(found / below)
+    return value, value, u / length

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from wda.nets import Array
 
-__all__ = ["Slope"]
+__all__ = ["TOLERANCE", "Slope", "agree"]
 
-_ROUNDING = 1e-6
+# relative gap of a lower and an upper bound that count as one number; everything that is called exact means this
+TOLERANCE = 1e-5
+
+
+def agree(lower: Any, upper: Any) -> Any:
+    """Whether two bounds of a number of 0 or more are equal up to a relative 1e-5, or both 0, or both infinite.
+
+    This is what `Slope.exact`, `Nearest.exact` and `Bracket.exact` say: both bounds are known to hold, and they meet.
+
+    Examples
+    --------
+    >>> agree(1.0, 1.000001), agree(0.0, 1e-300), agree(2.0, 1.0)
+    (True, False, False)
+    """
+    return (upper <= (1 + TOLERANCE) * lower) & (lower <= (1 + TOLERANCE) * upper)
 
 
 @dataclass(frozen=True, eq=False)
 class Slope:
-    """A number known exactly, or between two bounds.
+    """A number of 0 or more, known exactly, or between two bounds.
 
     Attributes
     ----------
     lower, upper : float
+        Bounds that hold up to rounding, a relative 1e-9; by "perspective", up to a solver's accuracy, 1e-6.
     method : str
         How they were found.
     direction : float64 array (n,), optional
@@ -40,8 +56,8 @@ class Slope:
 
     @property
     def exact(self) -> bool:
-        """Whether the bounds agree to a millionth."""
-        return self.upper - self.lower <= _ROUNDING * abs(self.upper)
+        """Whether the bounds agree, to a relative 1e-5; as for `Nearest` and `wda.Bracket`."""
+        return bool(agree(self.lower, self.upper))
 
     @property
     def value(self) -> float:

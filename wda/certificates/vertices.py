@@ -21,10 +21,11 @@ from wda import cells
 from wda.nets import Array, Mask, Net
 from wda.norms import exponent
 
-__all__ = ["Gauge", "gauge", "polygon", "rays", "vertices"]
+__all__ = ["Gauge", "gauge", "meetings", "polygon", "rays", "vertices"]
 
 _MAX_POINTS = 100_000_000
 _CHUNK = 1 << 18  # points at once
+_SAME = 1e-15  # what rounding does to a unit normal
 _SINGULAR = 1e-13  # unit normals whose least singular value is below this are taken for dependent
 
 
@@ -114,7 +115,25 @@ def vertices(net: Net, x: Array, kinks: Array, box: tuple[float, float] | None =
     >>> [points.shape for points in vertices(net, np.zeros((4, 2)), np.eye(2))]
     [(4, 9, 2)]
     """
-    A, b = _arrangements(net, box)
+    for points, _ in meetings(net, x, kinks, box):
+        yield points
+
+
+def meetings(
+    net: Net, x: Array, kinks: Array, box: tuple[float, float] | None = None
+) -> Iterator[tuple[Array, Array | None]]:
+    """`vertices`, and how far each may be from where the hyperplanes meet in real arithmetic, (N, C).
+
+    Instead of the last, None where hyperplanes were left out that may or may not meet in one point.
+
+    Examples
+    --------
+    >>> from wda.nets import from_module
+    >>> net = from_module(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)))
+    >>> [bool((off < 1e-6).all()) for _, off in meetings(net, np.zeros((4, 2)), np.eye(2))]
+    [True]
+    """
+    A, b, noise = _arrangements(net, box)
     (count, units, n), h = A.shape, len(kinks)
     faces, level = (np.repeat(np.eye(n), 2, 0), np.tile(box, n)) if box else (np.zeros((0, n)), np.zeros(0))
     free = units + len(faces)
@@ -123,13 +142,26 @@ def vertices(net: Net, x: Array, kinks: Array, box: tuple[float, float] | None =
     # the last axis is over the samples
     common = np.concatenate([-b, _repeat(level, count)], axis=1)[:, :, None]
     levels = np.concatenate([np.broadcast_to(common, (count, free, len(x))), _repeat(kinks @ x.T, count)], axis=1)
+    noise = np.concatenate([noise, np.zeros((count, len(faces) + h, 2))], axis=1)
+    noise /= np.where(normals.any(2), np.linalg.norm(normals, axis=2), 1)[:, :, None]
     normals, levels = _normalised(normals, levels)
     for chosen in _subsets(free + h, n, max(1, _CHUNK // (count * len(x)))):
         chosen = chosen[chosen[:, 0] < free]  # kinks alone meet in the sample
         planes, at = normals[:, chosen].reshape(-1, n, n), levels[:, chosen].reshape(-1, n, len(x))
+        rounded = noise[:, chosen].max(2).reshape(-1, 2)
         regular = _regular(planes)
+        inverse = np.linalg.inv(planes[regular])
         points = np.asarray(np.linalg.solve(planes[regular], at[regular]), np.float64).transpose(2, 0, 1)
-        yield np.clip(points, *box) if box else points
+        condition, size = np.abs(inverse).sum((1, 2)), np.abs(points).sum(2)
+        off = condition * ((_SINGULAR + rounded[regular, 0]) * size + rounded[regular, 1])
+        lost = ~regular & (planes != 0).any(2).all(1)
+        yield np.clip(points, *box) if box else points, None if _meet(planes[lost], rounded[lost, 0]) else off
+
+
+def _meet(planes: Array, noise: Array) -> bool:
+    """Whether any of some nearly dependent sets of unit normals (M, n, n) is independent beyond what rounding does."""
+    least = np.linalg.svd(planes, compute_uv=False)[:, -1] if len(planes) else np.zeros(0)
+    return bool((least > planes.shape[1] * (_SAME + noise)).any())
 
 
 def rays(net: Net, kinks: Array) -> Array:
@@ -153,7 +185,7 @@ def rays(net: Net, kinks: Array) -> Array:
     >>> rays(net.recession(), np.eye(1)).tolist()
     [[1.0], [-1.0]]
     """
-    A, _ = _arrangements(net, None)
+    A, *_ = _arrangements(net, None)
     count, units, n = A.shape
     _require_few(count * math.comb(units + len(kinks), n - 1), net, 1)
     normals, _ = _normalised(np.concatenate([A, _repeat(kinks, count)], axis=1), np.zeros(1))
@@ -166,19 +198,21 @@ def rays(net: Net, kinks: Array) -> Array:
     return np.concatenate([found, -found])
 
 
-def _arrangements(net: Net, box: tuple[float, float] | None) -> tuple[Array, Array]:
+def _arrangements(net: Net, box: tuple[float, float] | None) -> tuple[Array, Array, Array]:
     """The hyperplanes A x + b = 0 of all units, (G, U, n) and (G, U): for each mask of the layers before the last.
 
-    A unit that does not depend on x has a row of zeros.
+    A unit that does not depend on x has a row of zeros. The third, (G, U, 2), is what rounding may have done to both.
     """
     dense = net.dense
     before: Mask = np.zeros((1, 0), bool)
     if len(dense.units) > 1:
         before = np.unique(cells.enumerate(net, box).masks[:, : -dense.units[-1]], axis=0)
-    forms = dense.forms(dense.split(before), len(dense.units) - 1)
+    last, masks = len(dense.units) - 1, dense.split(before)
+    forms, terms = (each.forms(masks, last) if dense.units else [] for each in (dense, cells.absolute(dense)))
     A = np.concatenate([A for A, _ in forms] or [np.zeros((1, 0, net.n))], axis=1)
     b = np.concatenate([b for _, b in forms] or [np.zeros((1, 0))], axis=1)
-    return A, b
+    noise = [np.stack([A.max(2, initial=0), b], axis=2) for A, b in terms] or [np.zeros((1, 0, 2))]
+    return A, b, 2.0**-52 * (8 + net.n + sum(dense.units)) * np.concatenate(noise, axis=1)
 
 
 def _regular(planes: Array) -> Mask:

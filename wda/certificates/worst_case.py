@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from wda import cells
 from wda.certificates.curve import Curve, Tail, envelopes
+from wda.certificates.lipschitz import lipschitz
 from wda.certificates.perspective import Pieces, Program, hinge_pieces, margin_pieces, program, softplus_pieces
 from wda.certificates.recession import recession_slope
 from wda.certificates.slope import Slope
-from wda.certificates.vertices import Gauge, gauge, polygon, rays, vertices
+from wda.certificates.vertices import Gauge, gauge, meetings, polygon, rays, vertices
 from wda.checks import choice, number
 from wda.distribution import AdversarialDistribution
 from wda.losses import get
@@ -45,6 +46,9 @@ _INWARD = 1 - 2.0**-40
 _SIDES = 64
 # what the cone program's solver may be off by, relative to the unit of the loss, |V| and 1
 _SOLVER = 1e-7
+# the same of the initial slope, relative to the largest gradient
+_PROGRAM = 1e-8
+_ULP = 2.0**-52
 
 
 def worst_case_curve(
@@ -263,7 +267,9 @@ def initial_slope(
     Returns
     -------
     Slope
-        Exact; with the direction in which the line goes up, and the label of its sample.
+        With the direction in which the line goes up, and the label of its sample. Exact unless rounding may have moved
+        or hidden a vertex by more than a relative 1e-5: then the upper bound says by how much, and is at most the
+        Lipschitz constant of the margin.
 
     Examples
     --------
@@ -276,19 +282,30 @@ def initial_slope(
     if not problem.polyhedral:
         problem.require_margin("there is no exact route")
         value, direction, source = problem.program().slope(norm, problem.losses(problem.x[:, None])[:, 0])
-        if value == 0:
-            return Slope(0.0, 0.0, "perspective")
-        return Slope(value, value, "perspective", direction, int(problem.y[source]))
-    curve = problem.curve(gauge(norm, problem.net.n))
+        steepest = problem.steepest()
+        # relative to the largest gradient, as for the risk
+        lower, upper = value - _PROGRAM * steepest, min(value + _PROGRAM * steepest, max(value, steepest))
+        return _slope(value, lower, upper, 1e-6, "perspective", direction, int(problem.y[source]))
+    around = gauge(norm, problem.net.n)
+    curve = problem.curve(around)
     if len(curve.points):
         source, direction = int(curve.source[0]), curve.points[0] - problem.x[curve.source[0]]
     elif curve.ends:
         source, direction = curve.ends.source, curve.ends.direction
     else:
-        return Slope(0.0, 0.0, "vertices")
-    return Slope(
-        curve.initial, curve.initial, "vertices", direction / problem.length(direction), int(problem.y[source])
-    )
+        source, direction = 0, np.zeros(problem.net.n)
+    direction = direction / (problem.length(direction) or 1)
+    lower, upper = problem.steepest_line(around)
+    return _slope(curve.initial, lower, upper, 1e-9, "vertices", direction, int(problem.y[source]))
+
+
+def _slope(
+    value: float, lower: float, upper: float, rounding: float, method: str, direction: Array, label: int
+) -> Slope:
+    """A slope that is one number unless its bounds are apart from it by more than rounding."""
+    if max(abs(value - lower), abs(upper - value)) <= rounding * value:
+        lower = upper = value
+    return Slope(max(0.0, lower), upper, method, *((direction, label) if value > 0 else ()))
 
 
 def _order_one(threat: Threat) -> None:
@@ -359,6 +376,41 @@ class _Problem:
             gain = _losses(recession, np.repeat(directions[None], len(self.y), 0), self.y, "margin")
             ends = _steepest(gain, directions)
         return envelopes(self.x, vertices(self.net, self.x, around.kinks, self.box), self.losses, around.size, ends)
+
+    def steepest(self) -> float:
+        """The Lipschitz constant of the margin for the labels of the sample, which no slope exceeds."""
+        return lipschitz(self.net, self.norm, labels=self.y.tolist(), method="cells", box=self.box).upper
+
+    def steepest_line(self, around: Gauge) -> tuple[float, float]:
+        """Bounds of the initial slope: rounding moves the vertices, and the loss there, and may hide one."""
+        steepest = self.steepest()
+        start, extent = self.losses(self.x[:, None]), np.abs(self.x).max()
+        doubt = self.doubt(self.x[:, None])
+        lower = upper = (
+            recession_slope(self.net, self.norm, self.y.tolist(), "cones").upper if self.box is None else 0.0
+        )
+        for points, off in meetings(self.net, self.x, around.kinks, self.box):
+            if off is None:
+                return min(lower, steepest), steepest
+            distance = around.size(points - self.x[:, None])
+            error = steepest * off + self.doubt(points) + doubt
+            rise = self.losses(points) - start
+            away = distance > off
+            with np.errstate(divide="ignore", invalid="ignore"):
+                lower = max(lower, ((rise - error) / (distance + off))[away].max(initial=0))
+                upper = max(upper, ((rise + error) / (distance - off))[away].max(initial=0))
+            # so near to the sample that it may be any slope, unless it is the sample
+            if (~away & (distance > 4 * _ULP * max(extent, 1e-300))).any():
+                upper = steepest
+        upper = min(upper, steepest)
+        return min(lower, upper), upper
+
+    def doubt(self, points: Array) -> Array:
+        """What rounding may do to the loss at points (N, C, n): (N, C)."""
+        logits = cells.absolute(self.net.dense).logits(np.abs(points).reshape(-1, self.net.n))
+        share = _ULP * (8 + self.net.n + sum(self.net.units))
+        size: Array = 2 * share * logits.max(1).reshape(points.shape[:2])
+        return size
 
     def program(self, pieces: Callable[[int, int], Pieces] = margin_pieces) -> Program:
         """The cone program, for a loss in pieces."""

@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 
 from wda.errors import NotPiecewiseAffine
 from wda.models import Attention
+from wda.passes import Model
 from wda.tracing import draws, follow, in_float64, trace
 
 __all__ = ["Dense", "Net", "Node", "TooLarge", "agree", "from_module"]
@@ -492,14 +493,13 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None, samp
         places = _places(net, sample)
         for count in _BATCHES:
             follow(root, graph, places[:count])
-        one_by_one = torch.cat([exact(point[None]) for point in places[:4]])
-        others = [exact(part.clone()) for part in places[4:].split(_CHUNK)]
-        if bool(_denied(net, places, torch.cat([one_by_one, *others])).any()):
+        told = [exact(part.clone()) for part in (*places[:4].split(1), *places[4:].split(_CHUNK))]
+        if bool(_denied(net, places, told).any()):
             raise NotPiecewiseAffine(f"{type(model).__name__}: its forward does more than its layers, or mixes samples")
     return net
 
 
-def agree(net: Net, model: nn.Module | Net, x: Tensor) -> None:
+def agree(net: Net, model: Model, x: Tensor) -> None:
     """Raise an error where the network that was read and the model, both in float64, differ by more than rounding.
 
     An error of a float32 model that is none in float64 is no such difference.
@@ -514,11 +514,11 @@ def agree(net: Net, model: nn.Module | Net, x: Tensor) -> None:
     >>> model = nn.Linear(2, 2)
     >>> agree(from_module(model), model, torch.rand(3, 2))
     """
-    if isinstance(model, Net) or not len(x):
+    if not isinstance(model, nn.Module) or not len(x):
         return
     with torch.inference_mode(False), torch.no_grad():
         exact, points = in_float64(model), x.detach().to(net.like)
-        denied = _denied(net, points, torch.cat([exact(part.clone()) for part in points.split(_CHUNK)]))
+        denied = _denied(net, points, [exact(part.clone()) for part in points.split(_CHUNK)])
         if bool(denied.any()):
             i = int(denied.nonzero()[0])
             raise ValueError(
@@ -532,15 +532,10 @@ def _some(logits: Tensor) -> str:
     return f"({', '.join(f'{z:.9g}' for z in logits[:5].tolist())}{', ...' if len(logits) > 5 else ''})"
 
 
-def _denied(net: Net, x: Tensor, told: Tensor) -> Tensor:
-    """Where the logits that a model gave at points are not those of the network, bool (N,)."""
-    return torch.cat(
-        [_differs(net, *pair) for pair in zip(x.to(net.like).split(_CHUNK), told.split(_CHUNK), strict=True)]
-    )
-
-
-def _differs(net: Net, x: Tensor, told: Tensor) -> Tensor:
-    read, allowed = net(x), _rounding(net, x)
+def _denied(net: Net, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Where the logits that a model gave at points, in batches, are not those of the network, bool (N,)."""
+    told = torch.cat(list(parts))
+    read, allowed = (torch.cat([of(part) for part in x.split(_CHUNK)]) for of in (net, partial(_rounding, net)))
     if net.normalised:
         read = read.log_softmax(1)
     if told.shape != read.shape:
@@ -690,7 +685,7 @@ class _Reader:
         kind, _, _, module = self._what(step)
         if kind not in _LOG_SOFTMAX or not all(user.op == "output" for user in step.users):
             return False
-        options = dict(zip(("dim",), step.args[1:], strict=False)) | dict(step.kwargs)
+        options: dict[str, Any] = dict(zip(("dim",), step.args[1:], strict=False)) | dict(step.kwargs)
         options = {"dim": module.dim} if module is not None else options
         source = step.args[0] if step.args else None
         return (
@@ -707,13 +702,16 @@ class _Reader:
         sizes = [node for node in step.all_input_nodes if node in self.sizes]
         for node in step.all_input_nodes:
             self._refuse_spoiled(node, name)
+        about = kind is getattr and step.args[1] in _ABOUT
+        if sources and kind not in _TREATED and not about:
+            raise NotPiecewiseAffine(_unread(name))
         values, changed = self._run(step, name, function)
         self.known[step] = values
         varying = any(self.sizes[node] for node in sizes)
         if not sources:
             if sizes:
                 self._size(step, name, values, varying)
-        elif kind in _SIZES or (kind is getattr and step.args[1] in _ABOUT):
+        elif kind in _SIZES or about:
             self.sizes[step] = not values[0] == values[1] == values[2]
         elif varying and kind not in _RESHAPES:
             raise NotPiecewiseAffine(f"{name}: it takes the number of samples into account: each is read by itself")
@@ -731,7 +729,7 @@ class _Reader:
     def _read(
         self, step: fx.Node, kind: Any, name: str, function: Map, module: nn.Module | None, sources: list[fx.Node]
     ) -> None:
-        given = list(_nodes(step.args)) + list(_nodes(step.kwargs))
+        taken = _nodes((step.args, step.kwargs))
         if kind in _SUMS and not step.kwargs and len(step.args) == 2:
             self._sum(step, name, subtract=kind in _DIFFERENCES)
             return
@@ -739,15 +737,21 @@ class _Reader:
             self._join(step, name)
             return
         inverted = kind in _QUOTIENTS and (bool(step.kwargs) or step.args[0] not in sources)
-        if kind not in _READ or sum(node in sources for node in given) > 1 or inverted:
-            raise NotPiecewiseAffine(f"{name}: this layer is not read, be it piecewise affine or not; read are {_KNOWN}")
+        if kind not in _READ or sum(node in sources for node in taken) > 1 or inverted:
+            raise NotPiecewiseAffine(_unread(name))
+        if kind is operator.getitem and sources[0] in self.number:
+            self._check_index(step)
         if _ACTIVATIONS.get(kind) == "softplus":
             _check_softplus(name, module, *self._arguments(step, 0))
         source, cut = self.pieces.get(sources[0], (sources[0], _same))
 
         def call(v: Tensor) -> Tensor:
             of = cut(v)
-            arguments = fx.map_arg((step.args, step.kwargs), lambda node: of if node in sources else self.known[node][0])
+
+            def given(node: fx.Node) -> Any:
+                return of if node in sources else self.known[node][0]
+
+            arguments = fx.map_arg((step.args, step.kwargs), given)
             result: Tensor = function(*arguments[0], **arguments[1])
             return result
 
@@ -848,9 +852,17 @@ class _Reader:
             node = Node("affine", name, tuple(terms), shape, lambda v: v + shift, spread, spread)
         self._append(step, node)
 
+    def _check_index(self, step: fx.Node) -> None:
+        """Refuse an index that may pick samples."""
+        value, index = self._arguments(step, 0)[0]
+        plain = isinstance(index, tuple) and all(type(i) in (int, slice) or i is None or i is ... for i in index)
+        taken = len([i for i in index if i is not None and i is not ...]) if plain else 0
+        if not plain or not (index[0] == slice(None) or (index[0] is ... and taken < value.ndim)):
+            raise NotPiecewiseAffine("getitem: only numbers and slices behind all samples, as in x[:, 1:3], are read")
+
     def _cut(self, step: fx.Node, name: str, function: Map, sources: list[fx.Node]) -> None:
         """Pieces of a value along an axis; each is read where it is taken."""
-        given = list(_nodes(step.args)) + list(_nodes(step.kwargs))
+        given = _nodes((step.args, step.kwargs))
         if len(sources) > 1 or len(given) != 1 or step.args[:1] != (sources[0],) or sources[0] in self.pieces:
             raise NotPiecewiseAffine(f"{name}: only pieces of one value along one axis are read")
         (source,), rest, options = sources, step.args[1:], dict(step.kwargs)
@@ -858,7 +870,7 @@ class _Reader:
 
     def _join(self, step: fx.Node, name: str) -> None:
         """Values side by side: the sum of each between zeros."""
-        options = dict(zip(("tensors", "dim"), step.args, strict=False)) | dict(step.kwargs)
+        options: dict[str, Any] = dict(zip(("tensors", "dim"), step.args, strict=False)) | dict(step.kwargs)
         parts, dim = options.get("tensors"), options.get("dim", 0)
         if not isinstance(parts, list | tuple) or any(part not in self.number for part in parts):
             raise NotPiecewiseAffine(f"{name}: only values that depend on the input are read side by side")
@@ -1001,7 +1013,12 @@ _READ: dict[Any, Callable[[Any, Any, Map, Tensor, Tensor], Node]] = {
     **dict.fromkeys([nn.MaxPool2d, functional.max_pool2d], _max_pool),
     **dict.fromkeys([nn.LayerNorm, Attention], _bounded),
 }
-_KNOWN = ", ".join(sorted({kind.__name__ for kind in _READ if isinstance(kind, type)} | {"sums", "scalings"}))
+_TREATED = {*_READ, *_SUMS, *_JOINS, *_PIECES, *_SIZES}
+_KNOWN = ", ".join(sorted(kind.__name__ for kind in _READ if isinstance(kind, type)))
+
+
+def _unread(name: str) -> str:
+    return f"{name}: this is not read, be it piecewise affine or not; read are {_KNOWN}, sums, scalings, slices and cat"
 
 
 def _repeat(form: tuple[Array, Array], count: int) -> tuple[Array, Array]:

@@ -11,6 +11,7 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,8 @@ def check(model: nn.Module) -> None:
             raise NotPiecewiseAffine(f"{layer} is a ScriptModule, which is not read: give the module it was made from")
         if module._forward_hooks or module._forward_pre_hooks:
             raise NotPiecewiseAffine(f"{layer} has forward hooks (weight_norm leaves one), which are not read")
-        if "forward" in vars(module) or "__call__" in vars(type(module)):
+        called = type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
+        if not (called or _wraps(module)):
             raise NotPiecewiseAffine(f"{layer} has another forward than its class, which is not read")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is None:
             raise NotPiecewiseAffine(f"{layer} has no running statistics: it mixes samples")
@@ -81,8 +83,13 @@ def _layer(module: nn.Module, name: str) -> str:
     return f"{type(module).__name__} '{name}'"
 
 
+def _wraps(model: nn.Module) -> bool:
+    """Whether this is what DataParallel or torch.compile puts around a module."""
+    return type(model) in _PARALLEL or type(model).__module__ == "torch._dynamo.eval_frame"
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while type(model) in _PARALLEL or type(model).__module__ == "torch._dynamo.eval_frame":
+    while _wraps(model):
         inner = model.module if type(model) in _PARALLEL else model._orig_mod
         assert isinstance(inner, nn.Module)
         model = inner
@@ -109,7 +116,8 @@ def trace(root: nn.Module) -> fx.Graph:
     """
     name = type(root[0] if isinstance(root, nn.Sequential) and len(root) else root).__name__
     try:
-        return _undisturbed(root, lambda: _Tracer().trace(root))
+        graph: fx.Graph = _undisturbed(root, lambda: _Tracer().trace(root))
+        return graph
     except NotPiecewiseAffine:
         raise
     except Exception as error:
@@ -130,7 +138,7 @@ def follow(root: nn.Module, graph: fx.Graph, x: Tensor) -> None:
     for run in runs:
         point = x.clone()
         with _Recorder(point) as recorder:
-            _undisturbed(root, lambda run=run, point=point: run(point))
+            _undisturbed(root, partial(run, point))
         applied.append(recorder.names)
     if applied[0] != applied[1]:
         seen = next(a or b for a, b in itertools.zip_longest(*applied) if a != b)
@@ -202,8 +210,14 @@ def draws() -> tuple[Any, ...]:
     >>> draws() == before
     False
     """
-    _, keys, *rest = np.random.get_state()  # noqa: NPY002
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
     states = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
-    return (*(state.numpy().tobytes() for state in states), random.getstate(), keys.tobytes(), *rest)  # type: ignore[union-attr]
+    return (
+        *(state.numpy().tobytes() for state in states),
+        random.getstate(),
+        numpy["state"]["key"].tobytes(),
+        numpy["state"]["pos"],
+        numpy["has_gauss"],
+    )

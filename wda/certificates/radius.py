@@ -170,7 +170,7 @@ def by_programs(
     --------
     >>> import wda
     >>> x, y = wda.data.load("digits", n=2)
-    >>> net = read(wda.models.load("digits-mlp"), (1, 8, 8))
+    >>> net = read(wda.models.load("digits-mlp"), x)
     >>> by_programs(net, x, y, "Linf", (0.0, 1.0), time_limit=60.0).exact.tolist()
     [True, True]
     """
@@ -293,8 +293,8 @@ def margin_bound(
     return result.to(x.device)
 
 
-def read(model: nn.Module | Net, shape: tuple[int, ...]) -> Net:
-    """The network as a graph in float64, its weights checked.
+def read(model: nn.Module | Net, x: Tensor) -> Net:
+    """The network as a graph in float64, compared with the model at a sample.
 
     Raises
     ------
@@ -305,14 +305,10 @@ def read(model: nn.Module | Net, shape: tuple[int, ...]) -> Net:
 
     Examples
     --------
-    >>> read(nn.Linear(2, 3), (2,)).classes
+    >>> read(nn.Linear(2, 3), torch.zeros(1, 2)).classes
     3
     """
-    if isinstance(model, nn.Module):
-        for name, value in model.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise ValueError(f"model: {name} has NaN or infinite values, finite weights are accepted")
-    return from_module(model, shape=shape)
+    return from_module(model, shape=x.shape[1:], sample=x)
 
 
 class _Problem:
@@ -333,7 +329,7 @@ class _Problem:
         self.method = "optimised" if method == "auto" else method
         self.norm, self.box, self.refine = norm_name, checked_interval("box", box), refine
         self.y = check_sample(x, y, self.box)
-        self.net = read(model, tuple(x.shape[1:]))
+        self.net = read(model, x)
         check_labels(self.y, self.net.classes)
         self.x, self.y = x.detach().to(self.net.like), self.y.to(self.net.like.device)
         self.logits = torch.cat([self.net(part) for part in self.x.split(64)]).detach()

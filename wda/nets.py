@@ -632,7 +632,9 @@ _POSITIVE = {nn.AvgPool2d, nn.AdaptiveAvgPool2d, functional.avg_pool2d, function
 _POSITIVE |= {torch.transpose, torch.permute, operator.getitem, "mean", "transpose", "permute"}
 _PIECES = {torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"}
 _DIFFERENCES = {operator.sub, operator.isub, torch.sub, "sub"}
-_QUOTIENTS = {operator.truediv, torch.div}
+_QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, "div"}
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul"}
+_ANEW = {operator.imul: operator.mul, operator.itruediv: operator.truediv}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", *_DIFFERENCES}
 _JOINS = {torch.cat, torch.concat}
 _SIZES = {"size", "dim", "numel"}
@@ -743,6 +745,7 @@ class _Reader:
             self._check_index(step)
         if _ACTIVATIONS.get(kind) == "softplus":
             _check_softplus(name, module, *self._arguments(step, 0))
+        function = _ANEW.get(function, function)
         source, cut = self.pieces.get(sources[0], (sources[0], _same))
 
         def call(v: Tensor) -> Tensor:
@@ -1009,7 +1012,7 @@ _READ: dict[Any, Callable[[Any, Any, Map, Tensor, Tensor], Node]] = {
     nn.Linear: _linear,
     nn.Conv2d: _convolution,
     **dict.fromkeys([nn.BatchNorm1d, nn.BatchNorm2d], _batch_norm),
-    **dict.fromkeys([operator.mul, torch.mul, operator.neg, torch.neg, *_QUOTIENTS], _scale),
+    **dict.fromkeys([*_PRODUCTS, *_QUOTIENTS, operator.neg, torch.neg, "neg"], _scale),
     **dict.fromkeys([nn.MaxPool2d, functional.max_pool2d], _max_pool),
     **dict.fromkeys([nn.LayerNorm, Attention], _bounded),
 }

@@ -153,6 +153,14 @@ def _overwritten(x: Tensor, layer: nn.Module) -> Tensor:
     return same + functional.silu(functional.relu(h, inplace=True), inplace=True) + h
 
 
+def _accumulated(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+    h = torch.relu(first(x))
+    h += second(x)
+    h *= 0.5
+    h -= x
+    return h
+
+
 def _filled(x: Tensor) -> Tensor:
     x = x.clone()
     x[:, 0] = 0.5
@@ -222,6 +230,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
     "nested": lambda: nn.Sequential(nn.Sequential(_linear(), nn.Sequential(nn.ReLU())), nn.Identity()),
     "layer norm": lambda: nn.LayerNorm(WIDTH),
     "overwritten": lambda: Apply(_overwritten, _linear()),
+    "sum in place": lambda: Apply(_accumulated, _linear(), _linear()),
 }
 
 # what must be refused, or read as what it is
@@ -249,9 +258,9 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "sign": lambda: Apply(lambda x: x + x.sign()),
     "softmax": lambda: nn.Softmax(1),
     "log-softmax within": lambda: nn.LogSoftmax(1),
-    "low softplus": lambda: Apply(lambda x: functional.softplus(x, 1, random.choice([1, 5, 19]))),
+    "low softplus": lambda: Apply(lambda x, low=random.choice([1, 5, 19]): functional.softplus(x, 1, low)),
     "concave softplus": lambda: Apply(lambda x: functional.softplus(x, beta=-1)),
-    "dropout on": lambda: Apply(lambda x: functional.dropout(x, random.choice([0.5, 1e-9, 1.0]))),
+    "dropout on": lambda: Apply(lambda x, p=random.choice([0.5, 1e-9, 1.0]): functional.dropout(x, p)),
     "noise": lambda: Apply(lambda x: x + 1e-9 * torch.rand(WIDTH)),
     "noise like it": lambda: Apply(lambda x: x + torch.randn_like(x)),
     "batch mean": lambda: Apply(lambda x: x - x.mean(0)),
@@ -348,7 +357,7 @@ def alike(net: Net, model: nn.Module, x: Tensor) -> bool:
     """Whether the network read gives what the module gives, alone and in a batch."""
     reference = copy.deepcopy(model).double().eval()
     with torch.no_grad():
-        told = torch.cat([reference(x[:1].clone()), reference(x[1:8].clone()), reference(x[8:].clone())])
+        told = torch.cat([reference(part.clone()) for part in (x[:1], x[1:4], x[4:]) if len(part)])
         values = net.values(x)
     size = torch.stack([v.flatten(1).abs().amax(1) for v in values]).amax(0)
     read = values[-1].log_softmax(1) if net.normalised else values[-1]

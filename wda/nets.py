@@ -590,9 +590,8 @@ def _check_affine(net: Net, node: Node) -> None:
     points = torch.cat([torch.stack([v, w, v + w, -3 * v]), single]).to(net.like).view(-1, *shape)
     zero, linear, size = node.call(torch.zeros_like(points[:1])), node.linear(points), node.absolute(points.abs())
     value, alone = node.call(points), node.call(points[:1])
+    # what overflows is not compared: no number exceeds infinity, and none that is NaN exceeds any
     allowed = 1e-11 * (size + zero.abs() + value.abs()) + torch.finfo(torch.float64).tiny
-    if not bool((allowed.isfinite() & linear.isfinite()).all()):
-        raise NotPiecewiseAffine(f"{node.name}: its weights are so large that float64 overflows")
     off = [
         value - zero - linear,
         (alone - value[:1]).expand_as(value),
@@ -677,10 +676,21 @@ class _Reader:
         if not isinstance(result, fx.Node) or result not in self.number or self.known[result][0].ndim != 2:
             raise ValueError("the model does not return logits (N, K)")
         self._refuse_spoiled(result, "output")
-        nodes = tuple(self.nodes[: self.number[result]])
+        nodes = self._used(self.number[result])
         if not nodes:
             nodes = (Node("affine", "identity", (0,), self.shape, _same, _same, _same),)
         return Net(nodes, self.shape, self.like, normalised)
+
+    def _used(self, last: int) -> tuple[Node, ...]:
+        """The nodes that a value depends on, itself the last of them."""
+        used = {last}
+        for i in range(last, 0, -1):
+            if i in used:
+                used.update(self.nodes[i - 1].inputs)
+        place = {i: k for k, i in enumerate(sorted(used | {0}))}
+        return tuple(
+            replace(self.nodes[i - 1], inputs=tuple(place[j] for j in self.nodes[i - 1].inputs)) for i in place if i
+        )
 
     def _ends_in_log_softmax(self, step: fx.Node) -> bool:
         """Whether a step gives the result, as the log-softmax over the classes of what was read."""

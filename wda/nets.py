@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from wda.errors import NotPiecewiseAffine
 from wda.models import Attention
 from wda.passes import Model
-from wda.tracing import draws, follow, in_float64, trace
+from wda.tracing import copied, draws, follow, trace
 
 __all__ = ["Dense", "Net", "Node", "TooLarge", "agree", "from_module"]
 
@@ -41,6 +41,8 @@ _BATCHES = (1, 2, 3)
 _CHUNK = 64
 # of every value, when its rounding is estimated: thousands of times as much as rounding makes of it
 _NOISE = 1e-12
+# what rounding to 24 bits, or to TF32's 11, does to the logits is less than this times what that noise does
+_COARSE = 1e9
 
 
 class TooLarge(ValueError):
@@ -479,7 +481,7 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None, samp
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}: a torch.nn.Module is accepted")
     with torch.inference_mode(False), torch.no_grad():
-        exact = in_float64(model)
+        exact = copied(model)
         shape = _input_shape(exact) if shape is None else tuple(int(side) for side in shape)
         root = nn.Sequential(exact)
         graph = trace(root)
@@ -487,6 +489,8 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None, samp
         try:
             net = _Reader(root, graph, shape, like).read()
         except (RuntimeError, IndexError) as error:
+            if _runs(model, shape):
+                raise NotPiecewiseAffine(f"{type(model).__name__}: it fails in float64: {error}") from error
             raise ValueError(f"shape={shape}: the model fails on an input of this shape: {error}") from error
         for node in net.nodes:
             _check_affine(net, node)
@@ -496,6 +500,8 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None, samp
         told = [exact(part.clone()) for part in (*places[:4].split(1), *places[4:].split(_CHUNK))]
         if bool(_denied(net, places, told).any()):
             raise NotPiecewiseAffine(f"{type(model).__name__}: its forward does more than its layers, or mixes samples")
+        if sample is not None and bool(_coarsely_denied(net, model, places[-len(sample) :]).any()):
+            raise NotPiecewiseAffine(f"{type(model).__name__}: it is another function in float64")
     return net
 
 
@@ -517,7 +523,7 @@ def agree(net: Net, model: Model, x: Tensor) -> None:
     if not isinstance(model, nn.Module) or not len(x):
         return
     with torch.inference_mode(False), torch.no_grad():
-        exact, points = in_float64(model), x.detach().to(net.like)
+        exact, points = copied(model), x.detach().to(net.like)
         denied = _denied(net, points, [exact(part.clone()) for part in points.split(_CHUNK)])
         if bool(denied.any()):
             i = int(denied.nonzero()[0])
@@ -526,6 +532,28 @@ def agree(net: Net, model: Model, x: Tensor) -> None:
                 f"{_some(net(points[i : i + 1])[0])}, and {_some(exact(points[i : i + 1].clone())[0])} of the model. "
                 "No certificate can be given"
             )
+
+
+def _runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a model runs on one input, in its own dtype."""
+    own = copied(model, None)
+    like = next((p for p in own.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        own(like.new_zeros(1, *shape))
+    except Exception:
+        return False
+    return True
+
+
+def _coarsely_denied(net: Net, model: nn.Module, x: Tensor) -> Tensor:
+    """Where logits of the model in its own dtype are further from the network's than any rounding to 24 bits."""
+    own = copied(model, None)
+    like = next((p for p in own.parameters() if p.is_floating_point()), torch.empty(0))
+    if like.dtype not in (torch.float32, torch.float64):  # half precision may be off by anything
+        return torch.zeros(len(x), dtype=torch.bool)
+    told = torch.cat([own(part.to(like)) for part in x.split(_CHUNK)]).to(x)
+    read = net(x).log_softmax(1) if net.normalised else net(x)
+    return ((told - read).abs() > _COARSE * _rounding(net, x)).logical_and(told.isfinite()).any(1)
 
 
 def _some(logits: Tensor) -> str:
@@ -695,7 +723,7 @@ class _Reader:
     def _ends_in_log_softmax(self, step: fx.Node) -> bool:
         """Whether a step gives the result, as the log-softmax over the classes of what was read."""
         kind, _, _, module = self._what(step)
-        if kind not in _LOG_SOFTMAX or not all(user.op == "output" for user in step.users):
+        if kind not in _LOG_SOFTMAX or {user.op for user in step.users} != {"output"}:
             return False
         options: dict[str, Any] = dict(zip(("dim",), step.args[1:], strict=False)) | dict(step.kwargs)
         options = {"dim": module.dim} if module is not None else options

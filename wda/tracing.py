@@ -23,13 +23,19 @@ from torch.overrides import TorchFunctionMode
 from wda.errors import NotPiecewiseAffine
 from wda.models import Attention
 
-__all__ = ["draws", "follow", "in_float64", "trace"]
+__all__ = ["copied", "draws", "follow", "trace"]
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def in_float64(model: nn.Module) -> nn.Module:
-    """A copy in float64 and in evaluation mode, without what DataParallel and torch.compile put around modules.
+def copied(model: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.Module:
+    """A copy in evaluation mode, without what DataParallel and torch.compile put around modules.
+
+    Parameters
+    ----------
+    model : nn.Module
+    dtype : torch.dtype or None
+        Of the copy; None for that of the model.
 
     Raises
     ------
@@ -38,7 +44,7 @@ def in_float64(model: nn.Module) -> nn.Module:
 
     Examples
     --------
-    >>> type(in_float64(nn.DataParallel(nn.Linear(2, 2)))).__name__
+    >>> type(copied(nn.DataParallel(nn.Linear(2, 2)))).__name__
     'Linear'
     """
     check(model)
@@ -50,7 +56,7 @@ def in_float64(model: nn.Module) -> nn.Module:
         parent._compiled_call_impl = None  # what Module.compile() leaves
         for name, child in parent._modules.items():
             parent._modules[name] = None if child is None else _unwrapped(child)
-    exact = exact.double().eval().requires_grad_(False)
+    exact = exact.to(dtype).eval().requires_grad_(False)
     for name, module in exact.named_modules():
         if module.training:
             raise NotPiecewiseAffine(f"{_layer(module, name)}: it stays in training mode after eval()")
@@ -68,8 +74,7 @@ def check(model: nn.Module) -> None:
             raise NotPiecewiseAffine(f"{layer} is a ScriptModule, which is not read: give the module it was made from")
         if module._forward_hooks or module._forward_pre_hooks:
             raise NotPiecewiseAffine(f"{layer} has forward hooks (weight_norm leaves one), which are not read")
-        called = type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
-        if not (called or _wraps(module)):
+        if not (_wraps(module) or _runs_as_its_class(module)):
             raise NotPiecewiseAffine(f"{layer} has another forward than its class, which is not read")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is None:
             raise NotPiecewiseAffine(f"{layer} has no running statistics: it mixes samples")
@@ -82,6 +87,13 @@ def check(model: nn.Module) -> None:
 
 def _layer(module: nn.Module, name: str) -> str:
     return f"{type(module).__name__} '{name}'"
+
+
+def _runs_as_its_class(module: nn.Module) -> bool:
+    """Whether calling a module runs the forward that its class was written with."""
+    kind = type(module)
+    replaced = "forward" in vars(module) or kind.__call__ is not nn.Module.__call__
+    return not replaced and (not kind.__module__.startswith("torch.") or kind.forward.__module__.startswith("torch."))
 
 
 def _wraps(model: nn.Module) -> bool:
@@ -150,21 +162,25 @@ def trace(root: nn.Module) -> fx.Graph:
 def follow(root: nn.Module, graph: fx.Graph, x: Tensor) -> None:
     """Refuse a forward that applies other functions to what depends on the input `x` than its graph.
 
+    It is run twice, as attacks run it for gradients and as it is run without.
+
     Examples
     --------
     >>> root = nn.Sequential(nn.ReLU())
     >>> follow(root, trace(root), torch.zeros(1, 2))
     """
     plan = fx.Interpreter(fx.GraphModule(root, graph))
-    runs: tuple[Callable[[Tensor], Any], ...] = (root, plan.run)
+    runs: tuple[tuple[Callable[[Tensor], Any], bool], ...] = ((plan.run, False), (root, False), (root, True))
     applied = []
-    for run in runs:
+    for run, gradients in runs:
         point = x.clone()
-        with _Recorder(point) as recorder:
+        with torch.set_grad_enabled(gradients), _Recorder(point) as recorder:
             _undisturbed(root, partial(run, point))
         applied.append(recorder.names)
-    if applied[0] != applied[1]:
-        seen = next(a or b for a, b in itertools.zip_longest(*applied) if a != b)
+    for names in applied[1:]:
+        if names == applied[0]:
+            continue
+        seen = next(a or b for a, b in itertools.zip_longest(names, applied[0]) if a != b)
         raise NotPiecewiseAffine(f"{type(root[0]).__name__}: its forward does more than torch.fx sees, first at {seen}")  # type: ignore[index]
 
 

@@ -4,7 +4,7 @@
 
 Each module is a chain of pieces; some pieces may be read, others not, and many are hidden: in a branch of weight 1e-6,
 or in one that is off near the inputs and on elsewhere. A module that is read is compared with a copy of itself in
-float64 at points near, far, at corners and along rays, alone and in a batch. Every sixth of those is certified and
+float64 at points near, far, at corners and along rays, alone and in a batch. Every tenth of those is certified and
 attacked: an error of the module itself within a certified ball would be a false certificate. The counts go to
 data/results/fuzz/modules.json.
 """
@@ -39,7 +39,7 @@ from wda.norms import norm, project
 
 FILE = Path(__file__).parents[1] / "data" / "results" / "fuzz" / "modules.json"
 MODULES = 2400
-HUNTED = 6
+HUNTED = 10
 WIDTH = 6
 NORMS = ("Linf", "L2", "L1")
 
@@ -93,6 +93,17 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.passes += 1
         return x if self.passes < 3 else -x
+
+
+class Precise(nn.Module):
+    """Behaves in another way in float64; in a module that is made in float64 that is the way it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sign", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sign * x if self.sign.dtype == torch.float32 else x.abs()
 
 
 class Averaging(nn.Module):
@@ -276,6 +287,8 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "through a view": lambda: Apply(_viewed, _linear()),
     "branch": lambda: Apply(_branching),
     "branch by type": lambda: Apply(lambda x: torch.where(x > 9, -x, x) if isinstance(x, Tensor) else x),
+    "branch by gradients": lambda: Apply(lambda x: x if torch.is_grad_enabled() else torch.relu(x)),
+    "branch by precision": Precise,
     "counting": Counting,
     "averaging": Averaging,
     "another linear": lambda: Doubled(WIDTH, WIDTH),

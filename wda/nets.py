@@ -727,6 +727,9 @@ class _Reader:
             return False
         options: dict[str, Any] = dict(zip(("dim",), step.args[1:], strict=False)) | dict(step.kwargs)
         options = {"dim": module.dim} if module is not None else options
+        options.pop("_stacklevel", None)  # what torch hands on for a warning
+        if options.get("dtype", ...) is None:
+            del options["dtype"]
         source = step.args[0] if step.args else None
         return (
             isinstance(source, fx.Node)

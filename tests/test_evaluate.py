@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -495,3 +496,57 @@ def test_programs_that_run_out_of_time_leave_what_linear_bounds_certify() -> Non
     assert (late.radius >= linear.radius).all()
     by_hand = wda.certificates.radius(model, x, y, "Linf", method="milp", time_limit=0, upper=late.distance)
     assert (by_hand >= linear.radius).all()
+
+
+def quantised() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+class KeptMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.mean(1, True), x[:, :1]], 1)
+
+
+AFFINE = nn.Linear(4, 2)
+UNREAD = [
+    (lambda x: AFFINE(x), "only the layers of a torch.nn.Module"),
+    (AFFINE.forward, "only the layers of a torch.nn.Module"),
+    (torch.jit.trace(nn.Sequential(AFFINE), torch.zeros(1, 4)), "ScriptModule"),
+    (quantised(), "Linear '0'"),
+    (nn.Sequential(AFFINE, nn.Softmax(1)), "Softmax '1'"),
+    (nn.Sequential(AFFINE, nn.LeakyReLU()), "LeakyReLU '1': this is not read"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::wda.errors.Untrustworthy")
+@pytest.mark.parametrize(("model", "why"), UNREAD, ids=range(len(UNREAD)))
+def test_what_cannot_be_read_has_the_side_of_the_attack(model: Callable[[Tensor], Tensor], why: str) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(3, 4)
+    b = bracket(model, x, model(x).argmax(1), Threat("Linf", 0.1), steps=5, **QUIET)
+    assert b.why is not None
+    assert why in b.why
+    assert (b.radius < 1e-300).all()
+
+
+def test_means_that_keep_their_axis_are_read() -> None:
+    x = torch.rand(3, 4)
+    b = bracket(KeptMean(), x, KeptMean()(x).argmax(1), Threat("Linf", 0.1), steps=5, **QUIET)
+    assert b.why is None
+    assert (b.radius <= b.distance).all()
+
+
+def test_what_is_wrong_with_a_model_is_said_before_the_search() -> None:
+    class Counting(nn.Linear):
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Counting.passes += 1
+            return super().forward(x)
+
+    model = Counting(4, 2)
+    model.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight has NaN"):
+        bracket(model, torch.rand(2, 4), torch.tensor([0, 1]), Threat("Linf", 0.1), **QUIET)
+    assert Counting.passes == 0

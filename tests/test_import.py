@@ -27,6 +27,7 @@ LAYERS = [
     {"data"},
     {"zoo"},
     {"models", "_transport"},
+    {"tracing"},
     {"nets"},
     {"distribution", "budget", "cells"},
     {"certificates"},

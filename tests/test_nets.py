@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import fuzz_modules
 import pytest
 import torch
 from networks import random_net
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wda import NotPiecewiseAffine, models, nets
+from wda.certificates import radius
+from wda.certificates.activations import bent_lines
 
 
 class Wide(nn.Module):
@@ -190,8 +194,233 @@ def test_what_would_be_half_read_is_refused() -> None:
     for value in (float("nan"), float("inf")):
         net = random_net(2, 3, 2)
         net[2].bias[0] = value
-        with pytest.raises(ValueError, match=r"'2\.bias'"):
+        with pytest.raises(ValueError, match=r"2\.bias has NaN"):
             nets.from_module(net)
+
+
+def branched(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A function between two layers."""
+
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.function = nn.Linear(3, 6), nn.Linear(6, 2), function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.function(self.first(x)))
+
+    torch.manual_seed(0)
+    return Between()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"threshold": 1}, {"threshold": 19.9}, {"threshold": 1e4}, {"beta": -1}, {"beta": 0}, {"beta": math.inf}],
+)
+def test_softplus_is_refused_alike_as_a_layer_and_as_a_function(options: dict[str, float]) -> None:
+    given = {"beta": 1, "threshold": 20} | options
+    layer, function = nn.Softplus(**options), functional.softplus
+    ways = [layer, lambda h: function(h, **options), lambda h: function(h, given["beta"], given["threshold"])]
+    for way in ways:
+        with pytest.raises(NotPiecewiseAffine, match=rf"[Ss]oftplus.* {next(iter(options))}="):
+            nets.from_module(branched(way))
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 30}, {"beta": 0.01}, {"beta": 50, "threshold": 21}])
+def test_softplus_is_the_same_as_a_layer_and_as_a_function(options: dict[str, float]) -> None:
+    layer, function = (
+        nets.from_module(branched(f)) for f in (nn.Softplus(**options), lambda h: functional.softplus(h, **options))
+    )
+    x = 10 * torch.randn(50, 3)
+    torch.testing.assert_close(layer(x), function(x), rtol=0, atol=0)
+    low, high = torch.full((1, 6), -3.0).double(), torch.full((1, 6), 9.0).double()
+    for one, other in zip(*(bent_lines(net.activations[0], low, high) for net in (layer, function)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_each_form_of_gelu_has_lines_of_its_own(approximate: str) -> None:
+    """The two forms differ by up to 5e-4; each lies between its own lines on every interval."""
+    net = nets.from_module(branched(lambda h: functional.gelu(h, approximate=approximate)))
+    low = torch.linspace(-6, 5, 45).double()
+    for width in (0.01, 0.5, 4.0):
+        lines = bent_lines(net.activations[0], low, low + width)
+        z = low + width * torch.linspace(0, 1, 101).double()[:, None]
+        curve = functional.gelu(z, approximate=approximate)
+        assert (lines.lower * z + lines.lower_offset <= curve).all()
+        assert (curve <= lines.upper * z + lines.upper_offset).all()
+    assert net.activations[0].call(torch.tensor([2.0]).double()) == functional.gelu(
+        torch.tensor([2.0]).double(), approximate=approximate
+    )
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-5, 1e5, 1e10, 1e15])
+def test_weights_of_every_size_are_read(size: float) -> None:
+    model = random_net(4, 8, 6, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(size)
+    net = nets.from_module(model)
+    x = torch.rand(20, 4, dtype=torch.float64)
+    torch.testing.assert_close(net(x), model(x), rtol=1e-9, atol=0)
+    y = net(x).argmax(1)
+    certified = radius(net, x, y, "Linf", method="linear")
+    assert (certified > 1e-6).any()
+    torch.testing.assert_close(certified, radius(model, x, y, "Linf", method="linear"))
+
+
+def test_weights_that_overflow_are_no_error_of_the_reading() -> None:
+    model = random_net(4, 8, 3)
+    model[0].weight.mul_(1e200), model[2].weight.mul_(1e200)
+    assert not nets.from_module(model)(torch.rand(1, 4)).isfinite().all()
+
+
+def change(h: Tensor) -> Tensor:
+    same = h
+    h += 1
+    return same * 2 + h
+
+
+def viewed(h: Tensor) -> Tensor:
+    functional.relu_(h.view(-1, 2, 3))
+    return h
+
+
+def chained(h: Tensor) -> Tensor:
+    once = functional.silu(h, inplace=True)
+    functional.relu(once, inplace=True)
+    return h
+
+
+def identity(h: Tensor) -> Tensor:
+    other = functional.dropout(h, 0.5, False)
+    functional.relu_(other)
+    return h
+
+
+def pieces(h: Tensor) -> Tensor:
+    a, b = h.chunk(2, 1)
+    functional.relu_(a)
+    return torch.cat([a, b], 1) + h
+
+
+@pytest.mark.parametrize("function", [change, viewed, chained, identity, pieces])
+def test_what_is_changed_in_place_is_followed_or_refused(function: Callable[[Tensor], Tensor]) -> None:
+    model = branched(function).double()
+    x = 3 * torch.randn(50, 3, dtype=torch.float64)
+    try:
+        net = nets.from_module(model)
+    except NotPiecewiseAffine as error:
+        assert "in place" in str(error)  # noqa: PT017  # either is right
+    else:
+        torch.testing.assert_close(net(x), model(x))
+
+
+def test_sums_with_fewer_entries_than_constants_spread() -> None:
+    """x (N, 1) plus a constant (6,): the map without its bias has six rows, not one."""
+    constant = torch.randn(6).double()
+    model = branched(lambda h: h[:, :1] + constant).double()
+    net = nets.from_module(model)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(net(x), model(x))
+    node = net.nodes[2]
+    assert node.linear is not None
+    assert node.linear(torch.ones(2, 1).double()).shape == (2, 6)
+    torch.testing.assert_close(torch.from_numpy(net.dense.logits(x.numpy())), model(x))
+
+
+def test_values_that_lead_nowhere_are_left_out() -> None:
+    def idle(h: Tensor) -> Tensor:
+        torch.relu(h).add(1)
+        return functional.silu(h)
+
+    net = nets.from_module(branched(idle))
+    assert [node.activation for node in net.activations] == ["silu"]
+    x = torch.rand(2, 3)
+    assert radius(net, x, net(x).argmax(1), "Linf").shape == (2,)
+
+
+@pytest.mark.parametrize("where", ["layer", "function", "method"])
+def test_a_log_softmax_at_the_end_changes_no_margin(where: str) -> None:
+    ways = {
+        "layer": nn.LogSoftmax(1),
+        "function": fuzz_modules.Apply(lambda z: functional.log_softmax(z, dim=-1)),
+        "method": fuzz_modules.Apply(lambda z: z.log_softmax(1)),
+    }
+    logits = random_net(4, 8, 3)
+    model = nn.Sequential(logits, ways[where])
+    net = nets.from_module(model)
+    x = torch.rand(6, 4, dtype=torch.float64)
+    y = logits(x).argmax(1)
+    assert net.normalised
+    assert not nets.from_module(logits).normalised
+    torch.testing.assert_close(net(x).log_softmax(1), model(x))
+    torch.testing.assert_close(radius(model, x, y, method="linear"), radius(logits, x, y, method="linear"))
+    nets.check_reading(net, model, x)
+    again = nn.Sequential(model, nn.Linear(3, 2).double())
+    with pytest.raises(NotPiecewiseAffine, match=r"[Ll]og"):
+        nets.from_module(again)
+
+
+def test_a_log_softmax_over_the_samples_is_refused() -> None:
+    with pytest.raises(NotPiecewiseAffine, match="LogSoftmax"):
+        nets.from_module(nn.Sequential(random_net(4, 3), nn.LogSoftmax(0)))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
+def test_what_is_put_around_modules_is_looked_through(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    inner = random_net(4, 8, 3)
+    x = torch.rand(5, 4, dtype=torch.float64)
+    for model in (wrap(inner), nn.Sequential(wrap(inner), nn.Identity())):
+        torch.testing.assert_close(nets.from_module(model, (4,))(x), inner(x))
+
+
+def test_messages_do_not_say_what_a_layer_is_not() -> None:
+    """LeakyReLU is piecewise affine, and is not read."""
+    for layer in (nn.LeakyReLU(), nn.Hardtanh()):
+        with pytest.raises(NotPiecewiseAffine, match=r"is not read") as caught:
+            nets.from_module(nn.Sequential(nn.Linear(2, 2), layer))
+        assert "is not piecewise affine" not in str(caught.value)
+
+
+def test_batches_do_not_decide_what_is_read() -> None:
+    """Arithmetic on the number of samples is refused, even where it is off for few of them."""
+    for function in (
+        lambda h: h * h.size(0),
+        lambda h: h + torch.relu(h) * (h.shape[0] // 1000),
+        lambda h: h.reshape(-1, 6) + h.numel(),
+        lambda h: h.reshape(1, -1).reshape(-1, 6),
+        lambda h: h[:1000],
+        lambda h: h + torch.zeros(h.size(0), 6),
+    ):
+        with pytest.raises(NotPiecewiseAffine):
+            nets.from_module(branched(function))
+    read = nets.from_module(branched(lambda h: h.view(h.size(0) * 1, h.numel() // h.size(0)) / h.size(1)))
+    assert read(torch.rand(7, 3)).shape == (7, 2)
+
+
+class ByDtype(nn.Module):
+    """Another function in float64 than in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("one", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if self.one.dtype == torch.float64 else torch.relu(self.layer(x)) + 1
+
+
+def test_a_model_that_depends_on_its_precision_is_refused_at_a_sample() -> None:
+    with pytest.raises(NotPiecewiseAffine, match="another function in float64"):
+        nets.from_module(ByDtype(), (3,), torch.rand(2, 3))
+
+
+def test_reading_draws_no_random_numbers() -> None:
+    model = random_net(3, 4, 2)
+    state = torch.get_rng_state()
+    nets.from_module(model, (3,), torch.zeros(2, 3))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("name", ["digits-mlp", "digits-cnn", "digits-gelu", "digits-vit", "digits-vit-nonorm"])

@@ -28,10 +28,10 @@ from wda.errors import NotPiecewiseAffine
 from wda.files import naming, read_json, write_json
 from wda.inspection import tell_reach
 from wda.losses import margin, rival_logits
-from wda.nets import Net
+from wda.nets import Net, check_reading
 from wda.norms import bounds, rounded
 from wda.norms import norm as lengths
-from wda.passes import Counts
+from wda.passes import Counts, Model, check_sample
 from wda.threat import Threat
 
 __all__ = ["Bracket", "RiskBracket", "bracket", "risk_bracket"]
@@ -250,7 +250,7 @@ def _certified_accuracy(radius: Tensor, eps: Budgets, order: float | str) -> Ten
 
 
 def bracket(
-    model: nn.Module,
+    model: Model,
     x: Tensor,
     y: Tensor,
     threat: Threat,
@@ -275,9 +275,9 @@ def bracket(
 
     Parameters
     ----------
-    model : nn.Module
-        Runs in evaluation mode; `wda.nets.from_module` says of which layers it may be made. With others the upper side
-        is given all the same, and `Bracket.why` says why the lower one is not.
+    model : nn.Module or callable
+        Runs in evaluation mode; `wda.nets.from_module` says of which layers it may be made. With others, and for any
+        other callable, the upper side is given all the same, and `Bracket.why` says why the lower one is not.
     x : Tensor, shape (N, ...)
         Within the threat's box, in the model's dtype.
     y : integer Tensor, shape (N,)
@@ -301,7 +301,8 @@ def bracket(
     Raises
     ------
     ValueError, TypeError
-        A bad argument, or a weight that is NaN or infinite.
+        A bad argument, or a weight that is NaN or infinite; or, at an error found, the network that was read differs
+        from the model by more than rounding.
 
     Examples
     --------
@@ -316,45 +317,64 @@ def bracket(
         choice("norm", threat.norm, ("Linf", "L1"))
     start = time.monotonic()
     options = {"seed": seed, "batch_size": batch_size, "progress": progress, **parameters}
+    check_sample(x, y, threat.box)
+    net = _readable(model, x)
     found = distances(model, x, y, threat.norm, threat.box, **options)  # type: ignore[arg-type]
     tell_reach(threat, x)
     if (box := rounded(threat.box, x)) != threat.box:  # what follows is in float64, and its box is still that of x
         threat, found = replace(threat, box=box), replace(found, box=box)
+    if isinstance(net, str):
+        return _from_above(threat, found, net)
     try:
-        net = read(model, tuple(x.shape[1:]))
-        found = _confirmed(found, net, options)
+        found = _confirmed(found, net, model, options)
         middle = time.monotonic()
         sample = (net, found.x, found.y, found.norm, found.box)
         search: dict[str, Any] = {"tolerance": tolerance, "refine": refine, "progress": progress}
         if method == "milp":
             exact = by_programs(*sample, time_limit=time_limit, upper=found.distance, x_adv=found.x_adv, **search)
+            check_reading(net, model, exact.x_adv)
             certified, found = exact.lower, _nearer(found, exact, net)
         else:
             certified = radius(*sample, method=method, upper=found.distance, **search)
         if math.isinf(threat.order):
             certified = _at_eps(net, found, certified, threat, method, tolerance, refine)
     except NotPiecewiseAffine as error:
-        return _from_above(threat, found, error)
+        return _from_above(threat, found, str(error))
     # an error that is one by less than rounding may be nearer than what a solver certifies
     certified = certified.minimum(found.distance)
     return Bracket(threat, certified, found.distance, found, None, (middle - start, time.monotonic() - middle))
 
 
-def _from_above(threat: Threat, found: Distances, error: NotPiecewiseAffine) -> Bracket:
+def _readable(model: Model, x: Tensor) -> Net | str:
+    """The network, or why it cannot be read."""
+    if callable(model) and not isinstance(model, nn.Module | Net):
+        return f"{getattr(model, '__name__', type(model).__name__)}: only the layers of a torch.nn.Module can be read"
+    try:
+        return read(model, x)  # what is neither is named there
+    except NotPiecewiseAffine as error:
+        return str(error)
+
+
+def _from_above(threat: Threat, found: Distances, why: str) -> Bracket:
     """The attack's side alone: all that is known of a sample that is right is that it is."""
     least = (found.distance > 0).double() * LEAST
-    return Bracket(threat, least, found.distance, found, str(error), (found.counts.seconds, 0.0))
+    return Bracket(threat, least, found.distance, found, why, (found.counts.seconds, 0.0))
 
 
-def _confirmed(found: Distances, net: Net, options: dict[str, object]) -> Distances:
-    """The distances of the network in float64: errors that are none there are searched anew."""
+def _confirmed(found: Distances, net: Net, model: Model, options: dict[str, object]) -> Distances:
+    """The distances of the network in float64: errors that are none there are searched anew.
+
+    An error that the model itself makes in float64, and the network read does not, is one of the reading, and raised.
+    """
     x, x_adv = found.x.double(), found.x_adv.double()
     reached = found.distance.isfinite()
+    check_reading(net, model, x_adv)
     wrong = margin(_logits(net, x_adv), found.y.to(net.like.device)).cpu() >= 0
     distance, rival, counts = found.distance.clone(), found.rival.clone(), found.counts
     again = (reached.cpu() & ~wrong).nonzero()[:, 0].to(x.device)
     if len(again):
         anew = distances(net, x[again], found.y[again], found.norm, found.box, **options)  # type: ignore[arg-type]
+        check_reading(net, model, anew.x_adv)
         x_adv[again], distance[again], rival[again] = anew.x_adv, anew.distance, anew.rival
         share = len(again) / len(x)
         counts = Counts(
@@ -508,7 +528,8 @@ def risk_bracket(
     """
     if threat.box is None:
         raise ValueError("threat has box=None: a box (low, high) is accepted, its farthest corner ends the grid")
-    net = read(model, tuple(x.shape[1:]))
+    check_sample(x, y, threat.box)
+    net = read(model, x)
     radii = _grid(x, threat, whole("count", count, 2))
     attacked = torch.empty(len(x), len(radii), dtype=torch.float64)
     attacked[:, 0] = margin(_logits(net, x), y.to(net.like.device)).cpu()
@@ -516,6 +537,7 @@ def risk_bracket(
         ball = _ball(threat, reach)
         options = {"loss": "margin", "steps": steps, "seed": seed, "batch_size": batch_size, "progress": progress}
         adv = attack("pgd", model, x, y, ball, **options)  # type: ignore[arg-type]
+        check_reading(net, model, adv.x_adv)
         value = margin(_logits(net, adv.x_adv), y.to(net.like.device)).cpu()
         attacked[:, j] = attacked[:, j - 1].maximum(value)
     certified = margin_bound(

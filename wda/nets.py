@@ -7,13 +7,12 @@ what every certificate here rests on. Everything is computed in float64, on the 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from wda.errors import NotPiecewiseAffine
 from wda.models import Attention
+from wda.passes import Model
+from wda.tracing import copied, draws, follow, trace
 
-__all__ = ["Dense", "Net", "Node", "TooLarge", "from_module"]
+__all__ = ["Dense", "Net", "Node", "TooLarge", "check_reading", "from_module"]
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -33,6 +35,14 @@ Map = Callable[..., Tensor]
 
 # dense() pushes one unit vector per input and per hidden unit through the network
 _MAX_DENSE = 8192
+# a network is read with so many samples at once: what takes their number into account shows
+_BATCHES = (1, 2, 3)
+# rows that are compared with the model together
+_CHUNK = 64
+# of every value, when its rounding is estimated: thousands of times as much as rounding makes of it
+_NOISE = 1e-12
+# what rounding to 24 bits, or to TF32's 11, does to the logits is less than this times what that noise does
+_COARSE = 1e9
 
 
 class TooLarge(ValueError):
@@ -92,6 +102,8 @@ class Net:
         Of one input.
     like : Tensor
         An empty float64 tensor on the device of the weights.
+    normalised : bool
+        The model gives the log-softmax of these logits.
 
     Examples
     --------
@@ -105,6 +117,7 @@ class Net:
     nodes: tuple[Node, ...]
     shape: tuple[int, ...]
     like: Tensor
+    normalised: bool = False
 
     @property
     def n(self) -> int:
@@ -424,17 +437,27 @@ class Dense:
         return seen
 
 
-def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None) -> Net:
+def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None, sample: Tensor | None = None) -> Net:
     """Read a network; its weights are copied, the model stays as it is.
+
+    What is read is compared with the model in float64: each affine step with itself, the whole at points near and far
+    and at the sample. What the comparison allows is a few thousand times what rounding makes of the logits there.
+
+    A log-softmax of the logits at the end is left out (`Net.normalised`). It subtracts one number from all logits of a
+    sample, so that classes, margins and the cross-entropy, and with them distances, radii, worst-case risks and the
+    constants of kind "margin", are those of the model. The logits themselves and their Jacobian are not.
 
     Parameters
     ----------
     model : nn.Module
         Traceable by torch.fx; made of Linear, Conv2d, BatchNorm (taken in evaluation mode), AvgPool2d,
-        AdaptiveAvgPool2d, MaxPool2d, Flatten, Dropout, sums, constants that are added or multiplied by, and ReLU,
-        GELU, SiLU, Softplus or Sigmoid. LayerNorm and `wda.models.Attention` are read as bounded layers.
+        AdaptiveAvgPool2d, MaxPool2d, Flatten, Dropout, sums, chunks, slices and concatenations, constants that are
+        added or multiplied by, and ReLU, GELU, SiLU, Softplus or Sigmoid. LayerNorm and `wda.models.Attention` are read
+        as bounded layers. DataParallel and torch.compile are looked through.
     shape : sequence of int, optional
         Of one input, without the batch. Needed unless the first layer is linear.
+    sample : Tensor, shape (N, ...), optional
+        Where the network read is compared with the model, besides points of its own.
 
     Returns
     -------
@@ -443,7 +466,7 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None) -> N
     Raises
     ------
     NotPiecewiseAffine
-        Names the first layer that is none of these.
+        Names the first layer that is none of these, or says what else the model does.
     ValueError
         The shape is missing, or the model does not accept it; or a weight is not finite, and named.
 
@@ -457,40 +480,158 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None) -> N
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}: a torch.nn.Module is accepted")
-    _check_layers(model)
-    exact = copy.deepcopy(model).double().eval().requires_grad_(False)
-    shape = _input_shape(exact) if shape is None else tuple(int(side) for side in shape)
-    root = nn.Sequential(exact)
-    try:
-        graph = _Tracer().trace(root)
-    except Exception as error:
-        raise NotPiecewiseAffine(
-            f"{type(model).__name__}: its forward cannot be traced by torch.fx: {error}"
-        ) from error
-    like = next((p for p in exact.parameters()), torch.empty(0, dtype=torch.float64)).new_empty(0)
-    try:
-        net = _Reader(root, graph, shape, like).read()
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(f"shape={shape}: the model fails on an input of this shape: {error}") from error
-    probe = torch.linspace(0, 1, 2 * net.n).to(like).reshape(2, *shape)
-    one_by_one = torch.cat([root(sample[None]) for sample in probe])
-    if not torch.allclose(net(probe), one_by_one, atol=1e-6, equal_nan=True):
-        raise NotPiecewiseAffine(f"{type(model).__name__}: its forward does more than its layers, or mixes samples")
+    with torch.inference_mode(False), torch.no_grad():
+        exact = copied(model)
+        shape = _input_shape(exact) if shape is None else tuple(int(side) for side in shape)
+        root = nn.Sequential(exact)
+        graph = trace(root)
+        like = next((p for p in exact.parameters()), torch.empty(0, dtype=torch.float64)).new_empty(0)
+        try:
+            net = _Reader(root, graph, shape, like).read()
+        except (RuntimeError, IndexError) as error:
+            if _runs(model, shape):
+                raise NotPiecewiseAffine(f"{type(model).__name__}: it fails in float64: {error}") from error
+            raise ValueError(f"shape={shape}: the model fails on an input of this shape: {error}") from error
+        for node in net.nodes:
+            _check_affine(net, node)
+        places = _places(net, sample)
+        for count in _BATCHES:
+            follow(root, graph, places[:count])
+        told = [exact(part.clone()) for part in (*places[:4].split(1), *places[4:].split(_CHUNK))]
+        if bool(_denied(net, places, told).any()):
+            raise NotPiecewiseAffine(f"{type(model).__name__}: its forward does more than its layers, or mixes samples")
+        if sample is not None and bool(_coarsely_denied(net, model, places[-len(sample) :]).any()):
+            raise NotPiecewiseAffine(f"{type(model).__name__}: it is another function in float64")
     return net
 
 
-def _check_layers(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        layer = f"{type(module).__name__} '{name}'"
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise NotPiecewiseAffine(f"{layer} has forward hooks (weight_norm leaves one), which are not read")
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_var is None:
-            raise NotPiecewiseAffine(f"{layer} has no running statistics: it mixes samples")
-        if isinstance(module, nn.Softplus) and module.threshold < 20:
-            raise NotPiecewiseAffine(f"{layer} jumps at threshold={module.threshold}: 20 and more are accepted")
-    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if not value.isfinite().all():
-            raise ValueError(f"'{name}' of the model has NaN or infinite values")
+def check_reading(net: Net, model: Model, x: Tensor) -> None:
+    """Raise an error where the network that was read and the model, both in float64, differ by more than rounding.
+
+    An error of a float32 model that is none in float64 is no such difference.
+
+    Raises
+    ------
+    ValueError
+        Names the first sample where they differ.
+
+    Examples
+    --------
+    >>> model = nn.Linear(2, 2)
+    >>> check_reading(from_module(model), model, torch.rand(3, 2))
+    """
+    if not isinstance(model, nn.Module) or not len(x):
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        exact, points = copied(model), x.detach().to(net.like)
+        denied = _denied(net, points, [exact(part.clone()) for part in points.split(_CHUNK)])
+        if bool(denied.any()):
+            i = int(denied.nonzero()[0])
+            raise ValueError(
+                f"model: the network as read does not agree with the model at sample {i}: logits "
+                f"{_some(net(points[i : i + 1])[0])}, and {_some(exact(points[i : i + 1].clone())[0])} of the model. "
+                "No certificate can be given"
+            )
+
+
+def _runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a model runs on one input, in its own dtype."""
+    own = copied(model, None)
+    like = next((p for p in own.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        own(like.new_zeros(1, *shape))
+    except Exception:
+        return False
+    return True
+
+
+def _coarsely_denied(net: Net, model: nn.Module, x: Tensor) -> Tensor:
+    """Where logits of the model in its own dtype are further from the network's than any rounding to 24 bits."""
+    own = copied(model, None)
+    like = next((p for p in own.parameters() if p.is_floating_point()), torch.empty(0))
+    if like.dtype not in (torch.float32, torch.float64):  # half precision may be off by anything
+        return torch.zeros(len(x), dtype=torch.bool)
+    told = torch.cat([own(part.to(like)) for part in x.split(_CHUNK)]).to(x)
+    read = net(x).log_softmax(1) if net.normalised else net(x)
+    return ((told - read).abs() > _COARSE * _rounding(net, x)).logical_and(told.isfinite()).any(1)
+
+
+def _some(logits: Tensor) -> str:
+    return f"({', '.join(f'{z:.9g}' for z in logits[:5].tolist())}{', ...' if len(logits) > 5 else ''})"
+
+
+def _denied(net: Net, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Where the logits that a model gave at points, in batches, are not those of the network, bool (N,)."""
+    told = torch.cat(list(parts))
+    read, allowed = (torch.cat([of(part) for part in x.split(_CHUNK)]) for of in (net, partial(_rounding, net)))
+    if net.normalised:
+        read = read.log_softmax(1)
+    if told.shape != read.shape:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    lost = ~told.isfinite() & ~read.isfinite()  # both overflow
+    return ~((read - told).abs() <= allowed).logical_or(lost).all(1)
+
+
+def _rounding(net: Net, x: Tensor) -> Tensor:
+    """Ten times what noise makes of the logits that is thousands of times as large as rounding, (N, 1).
+
+    Every value is off by a share of itself before it is used: so sums that cancel are noisy, as they are when rounded.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(v: Tensor) -> Tensor:
+        return v * (1 + _NOISE * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v))
+
+    values = [noisy(x.reshape(-1, *net.shape))]
+    for node in net.nodes:
+        values.append(noisy(node.call(*(values[i] for i in node.inputs))))
+    logits = net(x)
+    size = logits.abs().amax(1, keepdim=True)
+    moved = (values[-1] - logits).abs().amax(1, keepdim=True)
+    return 10 * (moved + _NOISE * size) + torch.finfo(torch.float64).tiny
+
+
+def _places(net: Net, sample: Tensor | None) -> Tensor:
+    """Points of the box, its corners, and points around the sample from near to far away; then the sample itself."""
+    generator = torch.Generator().manual_seed(0)
+    random: Any = {"generator": generator, "dtype": torch.float64}
+    given = torch.empty(0, net.n, dtype=torch.float64)
+    if sample is not None:
+        given = sample.detach().double().cpu().reshape(-1, net.n)
+    centre = given[:1] if len(given) else torch.full((1, net.n), 0.5, dtype=torch.float64)
+    around = [centre + scale * torch.randn(2, net.n, **random) for scale in (1e-3, 0.1, 1.0, 10.0, 1e3)]
+    line = torch.linspace(0, 1, 2 * net.n, dtype=torch.float64).reshape(2, net.n)
+    corners = torch.randint(0, 2, (2, net.n), generator=generator).double()
+    return torch.cat([line, torch.rand(2, net.n, **random), corners, *around, given]).to(net.like).view(-1, *net.shape)
+
+
+def _check_affine(net: Net, node: Node) -> None:
+    """Refuse an affine node whose three maps do not belong together, at random points and at single coordinates."""
+    if node.kind != "affine":
+        return
+    assert node.linear is not None
+    assert node.absolute is not None
+    shape = net.nodes[node.inputs[0] - 1].shape if node.inputs[0] else net.shape
+    generator, count = torch.Generator().manual_seed(0), math.prod(shape)
+    v, w = torch.randn(2, count, generator=generator, dtype=torch.float64)
+    single = functional.one_hot(torch.randint(count, (4,), generator=generator), count)
+    points = torch.cat([torch.stack([v, w, v + w, -3 * v]), single]).to(net.like).view(-1, *shape)
+    zero, linear, size = node.call(torch.zeros_like(points[:1])), node.linear(points), node.absolute(points.abs())
+    value, alone = node.call(points), node.call(points[:1])
+    # what overflows is not compared: no number exceeds infinity, and none that is NaN exceeds any
+    allowed = 1e-11 * (size + zero.abs() + value.abs()) + torch.finfo(torch.float64).tiny
+    off = [
+        value - zero - linear,
+        (alone - value[:1]).expand_as(value),
+        (linear[0] + linear[1] - linear[2]).expand_as(value),
+        (3 * linear[0] + linear[3]).expand_as(value),
+        (linear.abs() - size).clamp(min=0),
+    ]
+    single_off = (linear.abs() - size)[4:]
+    # the sum of two random points is bounded by both bounds
+    bound = allowed + 1e-11 * (size[0] + size[1])
+    if any(bool((part.abs() > bound).any()) for part in off) or bool((single_off.abs() > allowed[4:]).any()):
+        raise NotPiecewiseAffine(f"{node.name}: it does not compute what was read of it, or mixes samples")
 
 
 def _input_shape(model: nn.Module) -> tuple[int, ...]:
@@ -504,11 +645,6 @@ def _input_shape(model: nn.Module) -> tuple[int, ...]:
     )
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Attention) or super().is_leaf_module(m, module_qualified_name)
-
-
 _ACTIVATIONS: dict[Any, str] = {
     **dict.fromkeys([nn.ReLU, functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "relu_"], "relu"),
     **dict.fromkeys([nn.GELU, functional.gelu], "gelu"),
@@ -520,67 +656,215 @@ _RESHAPES = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, funct
 _RESHAPES |= {nn.Identity, nn.Dropout, nn.Dropout2d, "flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous"}
 # linear maps without weights, or with positive ones
 _POSITIVE = {nn.AvgPool2d, nn.AdaptiveAvgPool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d, torch.mean}
-_POSITIVE |= {torch.transpose, torch.permute, "mean", "transpose", "permute"}
+_POSITIVE |= {torch.transpose, torch.permute, operator.getitem, "mean", "transpose", "permute"}
+_PIECES = {torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"}
 _DIFFERENCES = {operator.sub, operator.isub, torch.sub, "sub"}
-_QUOTIENTS = {operator.truediv, torch.div}
+_QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, "div"}
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul"}
+_ANEW = {operator.imul: operator.mul, operator.itruediv: operator.truediv}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", *_DIFFERENCES}
+_JOINS = {torch.cat, torch.concat}
+_SIZES = {"size", "dim", "numel"}
+_ABOUT = {"shape", "ndim", "dtype", "device"}
+_LOG_SOFTMAX = {nn.LogSoftmax, functional.log_softmax, torch.log_softmax, "log_softmax"}
 
 
 class _Reader:
-    """Runs a traced graph on one zero input and writes down a node for each step that depends on it."""
+    """Runs a traced graph on batches of several sizes and writes down a node for each step that depends on the input.
+
+    Every value that depends on the input is one of three: a tensor with a number among the values of the network, the
+    pieces of one, or a size. Anything else is refused by name.
+    """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, shape: tuple[int, ...], like: Tensor) -> None:
         self.root, self.graph, self.shape, self.like = root, graph, shape, like
         self.nodes: list[Node] = []
-        self.known: dict[fx.Node, Any] = {}  # what each step of the graph gave
-        self.number: dict[fx.Node, int] = {}  # the value of the network that it is, if it depends on the input
+        self.known: dict[fx.Node, list[Any]] = {}  # what each step of the graph gave, for each batch
+        self.number: dict[fx.Node, int] = {}  # the value of the network that it is
+        self.pieces: dict[fx.Node, tuple[fx.Node, Map]] = {}  # the value that it holds pieces of, and what cuts them
+        self.sizes: dict[fx.Node, bool] = {}  # a size, and whether it varies with the batch
+        self.spoiled: dict[fx.Node, str] = {}  # changed by a step in place, and no value of the network since
 
     def read(self) -> Net:
         """The network."""
+        normalised, result = False, None
         for step in self.graph.nodes:
             if step.op == "placeholder":
-                self.known[step], self.number[step] = self.like.new_zeros(1, *self.shape), 0
+                self.known[step] = [self.like.new_zeros(count, *self.shape) for count in _BATCHES]
+                self.number[step] = 0
             elif step.op == "get_attr":
-                self.known[step] = operator.attrgetter(step.target)(self.root)
+                self.known[step] = [operator.attrgetter(step.target)(self.root)] * len(_BATCHES)
             elif step.op == "output":
                 result = step.args[0]
+            elif self._ends_in_log_softmax(step):
+                normalised = True
+                self.known[step], self.number[step] = self.known[step.args[0]], self.number[step.args[0]]
             else:
                 self._step(step)
-        if not isinstance(result, fx.Node) or result not in self.number or self.known[result].ndim != 2:
+        if not isinstance(result, fx.Node) or result not in self.number or self.known[result][0].ndim != 2:
             raise ValueError("the model does not return logits (N, K)")
-        if self.number[result] == 0:
-            return Net((Node("affine", "identity", (0,), self.shape, _same, _same, _same),), self.shape, self.like)
-        return Net(tuple(self.nodes[: self.number[result]]), self.shape, self.like)
+        self._refuse_spoiled(result, "output")
+        nodes = self._used(self.number[result])
+        if not nodes:
+            nodes = (Node("affine", "identity", (0,), self.shape, _same, _same, _same),)
+        return Net(nodes, self.shape, self.like, normalised)
+
+    def _used(self, last: int) -> tuple[Node, ...]:
+        """The nodes that a value depends on, itself the last of them."""
+        used = {last}
+        for i in range(last, 0, -1):
+            if i in used:
+                used.update(self.nodes[i - 1].inputs)
+        place = {i: k for k, i in enumerate(sorted(used | {0}))}
+        return tuple(
+            replace(self.nodes[i - 1], inputs=tuple(place[j] for j in self.nodes[i - 1].inputs)) for i in place if i
+        )
+
+    def _ends_in_log_softmax(self, step: fx.Node) -> bool:
+        """Whether a step gives the result, as the log-softmax over the classes of what was read."""
+        kind, _, _, module = self._what(step)
+        if kind not in _LOG_SOFTMAX or {user.op for user in step.users} != {"output"}:
+            return False
+        options: dict[str, Any] = dict(zip(("dim",), step.args[1:], strict=False)) | dict(step.kwargs)
+        options = {"dim": module.dim} if module is not None else options
+        options.pop("_stacklevel", None)  # what torch hands on for a warning
+        if options.get("dtype", ...) is None:
+            del options["dtype"]
+        source = step.args[0] if step.args else None
+        return (
+            isinstance(source, fx.Node)
+            and source in self.number
+            and source not in self.spoiled
+            and self.known[source][0].ndim == 2
+            and options in ({"dim": 1}, {"dim": -1})
+        )
 
     def _step(self, step: fx.Node) -> None:
         kind, name, function, module = self._what(step)
-        value = function(*fx.map_arg(step.args, self.known.get), **fx.map_arg(step.kwargs, self.known.get))
-        self.known[step] = value
-        sources = [node for node in step.all_input_nodes if node in self.number]
-        if not sources or not isinstance(value, Tensor):  # a constant, or a size
-            return
-        if kind in _SUMS and not step.kwargs:
+        sources = [node for node in step.all_input_nodes if node in self.number or node in self.pieces]
+        sizes = [node for node in step.all_input_nodes if node in self.sizes]
+        for node in step.all_input_nodes:
+            self._refuse_spoiled(node, name)
+        about = kind is getattr and step.args[1] in _ABOUT
+        if sources and kind not in _TREATED and not about:
+            raise NotPiecewiseAffine(_unread(name))
+        values, changed = self._run(step, name, function)
+        self.known[step] = values
+        varying = any(self.sizes[node] for node in sizes)
+        if not sources:
+            if sizes:
+                self._size(step, name, values, varying)
+        elif kind in _SIZES or about:
+            self.sizes[step] = not values[0] == values[1] == values[2]
+        elif varying and kind not in _RESHAPES:
+            raise NotPiecewiseAffine(f"{name}: it takes the number of samples into account: each is read by itself")
+        elif kind in _PIECES:
+            self._cut(step, name, function, sources)
+        else:
+            self._check(name, values)
+            self._read(step, kind, name, function, module, sources)
+        for node in changed:
+            if all(a is b for a, b in zip(self.known[node], values, strict=True)):
+                self.number[node] = self.number[step]  # what reads it from here on finds the result in it
+            else:
+                self.spoiled[node] = name
+
+    def _read(
+        self, step: fx.Node, kind: Any, name: str, function: Map, module: nn.Module | None, sources: list[fx.Node]
+    ) -> None:
+        taken = _nodes((step.args, step.kwargs))
+        if kind in _SUMS and not step.kwargs and len(step.args) == 2:
             self._sum(step, name, subtract=kind in _DIFFERENCES)
             return
+        if kind in _JOINS:
+            self._join(step, name)
+            return
         inverted = kind in _QUOTIENTS and (bool(step.kwargs) or step.args[0] not in sources)
-        if kind not in _READ or len(sources) > 1 or inverted:
-            raise NotPiecewiseAffine(f"{name}: this layer is not piecewise affine, or not known; known are {_KNOWN}")
+        if kind not in _READ or sum(node in sources for node in taken) > 1 or inverted:
+            raise NotPiecewiseAffine(_unread(name))
+        if kind is operator.getitem and sources[0] in self.number:
+            self._check_index(step)
+        if _ACTIVATIONS.get(kind) == "softplus":
+            _check_softplus(name, module, *self._arguments(step, 0))
+        function = _ANEW.get(function, function)
+        source, cut = self.pieces.get(sources[0], (sources[0], _same))
 
         def call(v: Tensor) -> Tensor:
-            arguments = fx.map_arg((step.args, step.kwargs), lambda node: v if node in sources else self.known[node])
+            of = cut(v)
+
+            def given(node: fx.Node) -> Any:
+                return of if node in sources else self.known[node][0]
+
+            arguments = fx.map_arg((step.args, step.kwargs), given)
             result: Tensor = function(*arguments[0], **arguments[1])
             return result
 
-        node = _READ[kind](kind, module, call, value)
-        self._append(step, replace(node, name=name, inputs=(self.number[sources[0]],)))
-        if _in_place(step, module):  # what reads the source from here on finds the result in it
-            self.number[sources[0]] = self.number[step]
+        try:
+            node = _READ[kind](kind, module, call, self.known[source][0], self.known[step][0])
+        except NotPiecewiseAffine as error:
+            raise NotPiecewiseAffine(f"{name}: {error}") from None
+        self._append(step, replace(node, name=name, inputs=(self.number[source],)))
+
+    def _arguments(self, step: fx.Node, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] = fx.map_arg(
+            (step.args, step.kwargs), lambda node: self.known[node][batch]
+        )
+        return arguments
+
+    def _run(self, step: fx.Node, name: str, function: Map) -> tuple[list[Any], list[fx.Node]]:
+        """What a step gives for each batch, and the earlier values that it changes in place."""
+        before, constant = {node: _version(values[-1]) for node, values in self.known.items()}, self._constants()
+        drawn, values = draws(), []
+        for batch, count in enumerate(_BATCHES):
+            args, kwargs = self._arguments(step, batch)
+            try:
+                values.append(function(*args, **kwargs))
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                if batch:  # one sample alone went well
+                    raise NotPiecewiseAffine(f"{name}: it fails on {count} samples at once: {error}") from error
+                raise
+        if draws() != drawn:
+            raise NotPiecewiseAffine(f"{name}: it draws random numbers")
+        changed = [node for node, version in before.items() if _version(self.known[node][-1]) != version]
+        if self._constants() != constant or any(node not in {*self.number, *self.pieces} for node in changed):
+            raise NotPiecewiseAffine(f"{name}: it changes in place what is no value of the input")
+        return values, changed
+
+    def _constants(self) -> int:
+        return sum(value._version for value in itertools.chain(self.root.parameters(), self.root.buffers()))
+
+    def _refuse_spoiled(self, node: fx.Node, name: str) -> None:
+        if node in self.spoiled:
+            raise NotPiecewiseAffine(f"{name}: it is given what {self.spoiled[node]} has changed in place")
+
+    def _size(self, step: fx.Node, name: str, values: list[Any], varying: bool) -> None:
+        """A size out of others, or a constant that is made for one."""
+        if step.target is operator.getitem:
+            varying = not values[0] == values[1] == values[2]
+        if not any(isinstance(value, Tensor) for value in values):
+            self.sizes[step] = varying
+        elif varying:
+            raise NotPiecewiseAffine(f"{name}: it makes a tensor out of the number of samples, which is not read")
+
+    def _check(self, name: str, values: list[Any]) -> None:
+        """Refuse what is no tensor of the network's dtype with one row for each sample."""
+        for count, value in zip(_BATCHES, values, strict=True):
+            if not isinstance(value, Tensor):
+                raise NotPiecewiseAffine(
+                    f"{name}: what it makes of the input is a {type(value).__name__}, which is not read"
+                )
+            if value.ndim < 1 or len(value) != count or value.shape[1:] != values[0].shape[1:]:
+                raise NotPiecewiseAffine(f"{name}: it mixes samples, or takes their number into account")
+            if value.dtype != self.like.dtype:
+                raise NotPiecewiseAffine(f"{name}: it gives {value.dtype}, which is not read")
 
     def _what(self, step: fx.Node) -> tuple[Any, str, Map, nn.Module | None]:
         """What a step applies: its kind as in `_READ`, its name, the function, and the layer if it is one."""
         if step.op == "call_module":
             module = self.root.get_submodule(str(step.target))
-            kind: Any = next((t for t in type(module).__mro__ if t in _READ), type(module))
+            kind: Any = type(module)
+            if parametrize.is_parametrized(module):  # a class made for this module alone
+                kind = kind.__mro__[1]
             return kind, f"{type(module).__name__} '{str(step.target)[2:]}'", module, module
         if step.op == "call_method":
             method = str(step.target)
@@ -591,52 +875,122 @@ class _Reader:
     def _sum(self, step: fx.Node, name: str, subtract: bool) -> None:
         terms: list[int] = []
         shift: Any = 0.0
+        shape = tuple(self.known[step][0].shape[1:])
         for sign, term in zip((1.0, -1.0 if subtract else 1.0), step.args, strict=True):
             if isinstance(term, fx.Node) and term in self.number:
                 terms.append(self.number[term])
                 if sign < 0:
-                    minus = _scaling(self.known[term], self.like.new_tensor(-1.0))
+                    minus = _scaling(self.known[term][0], self.like.new_tensor(-1.0))
                     self.nodes.append(replace(minus, name=name, inputs=(terms[-1],)))
                     terms[-1] = len(self.nodes)
             else:
-                constant: Any = fx.map_arg(term, self.known.get)
+                constant: Any = fx.map_arg(term, lambda node: self.known[node][0])
                 shift = sign * constant
+
+        def spread(v: Tensor) -> Tensor:  # a constant may have more entries than the value
+            return v.expand(len(v), *shape)
+
         if len(terms) == 2:
-            node = Node("sum", name, tuple(terms), (), operator.add)
+            node = Node("sum", name, tuple(terms), shape, operator.add)
         else:
-            node = Node("affine", name, tuple(terms), (), lambda v: v + shift, _same, _same)
-        self._append(step, replace(node, shape=tuple(self.known[step].shape[1:])))
+            node = Node("affine", name, tuple(terms), shape, lambda v: v + shift, spread, spread)
+        self._append(step, node)
+
+    def _check_index(self, step: fx.Node) -> None:
+        """Refuse an index that may pick samples."""
+        value, index = self._arguments(step, 0)[0]
+        plain = isinstance(index, tuple) and all(type(i) in (int, slice) or i is None or i is ... for i in index)
+        taken = len([i for i in index if i is not None and i is not ...]) if plain else 0
+        if not plain or not (index[0] == slice(None) or (index[0] is ... and taken < value.ndim)):
+            raise NotPiecewiseAffine("getitem: only numbers and slices behind all samples, as in x[:, 1:3], are read")
+
+    def _cut(self, step: fx.Node, name: str, function: Map, sources: list[fx.Node]) -> None:
+        """Pieces of a value along an axis; each is read where it is taken."""
+        given = _nodes((step.args, step.kwargs))
+        if len(sources) > 1 or len(given) != 1 or step.args[:1] != (sources[0],) or sources[0] in self.pieces:
+            raise NotPiecewiseAffine(f"{name}: only pieces of one value along one axis are read")
+        (source,), rest, options = sources, step.args[1:], dict(step.kwargs)
+        self.pieces[step] = source, lambda v: function(v, *rest, **options)
+
+    def _join(self, step: fx.Node, name: str) -> None:
+        """Values side by side: the sum of each between zeros."""
+        options: dict[str, Any] = dict(zip(("tensors", "dim"), step.args, strict=False)) | dict(step.kwargs)
+        parts, dim = options.get("tensors"), options.get("dim", 0)
+        if not isinstance(parts, list | tuple) or any(part not in self.number for part in parts):
+            raise NotPiecewiseAffine(f"{name}: only values that depend on the input are read side by side")
+        shapes = [tuple(self.known[part][0].shape[1:]) for part in parts]
+        shape, total = tuple(self.known[step][0].shape[1:]), 0
+
+        def between(place: int) -> Map:
+            def embed(v: Tensor) -> Tensor:
+                zeros = [v.new_zeros(len(v), *sides) for sides in shapes]
+                return torch.cat([*zeros[:place], v, *zeros[place + 1 :]], dim)
+
+            return embed
+
+        for place, part in enumerate(parts):
+            embed = between(place)
+            self.nodes.append(Node("affine", name, (self.number[part],), shape, embed, embed, embed))
+            if place:
+                self.nodes.append(Node("sum", name, (total, len(self.nodes)), shape, operator.add))
+            total = len(self.nodes)
+        self.number[step] = total
 
     def _append(self, step: fx.Node, node: Node) -> None:
         self.nodes.append(node)
         self.number[step] = len(self.nodes)
 
 
+def _nodes(arguments: Any) -> list[fx.Node]:
+    """The steps that arguments name, as often as they do."""
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, found.append)
+    return found
+
+
+def _version(value: Any) -> int:
+    """How often tensors were changed in place."""
+    if isinstance(value, Tensor):
+        return value._version
+    return sum(map(_version, value)) if isinstance(value, tuple | list) else 0
+
+
 def _same(v: Tensor) -> Tensor:
     return v
 
 
-def _activation(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+def _check_softplus(name: str, module: Any, args: Any, kwargs: Any) -> None:
+    """Refuse what is no smooth, convex curve from 0 to x: a low threshold cuts it, a high one overflows before it."""
+    given = {"beta": 1.0, "threshold": 20.0} | dict(zip(("beta", "threshold"), args[1:], strict=False)) | kwargs
+    beta, threshold = (module.beta, module.threshold) if module is not None else (given["beta"], given["threshold"])
+    if not 20 <= threshold <= 700:
+        raise NotPiecewiseAffine(f"{name} jumps at threshold={threshold}: 20 to 700 are accepted")
+    if not 0 < beta < math.inf:
+        raise NotPiecewiseAffine(f"{name} has beta={beta}: a finite number above 0 is accepted")
+
+
+def _activation(kind: Any, module: Any, call: Map, source: Tensor, value: Tensor) -> Node:
     # an activation in place would change what it is applied to
     return Node("activation", "", (), tuple(value.shape[1:]), lambda v: call(v.clone()), activation=_ACTIVATIONS[kind])
 
 
-def _in_place(step: fx.Node, module: nn.Module | None) -> bool:
-    name = getattr(step.target, "__name__", str(step.target)) if module is None else ""
-    flags = (getattr(module, "inplace", False), step.kwargs.get("inplace"), name[-1:] == "_", *step.args[1:])
-    return any(flag is True for flag in flags)
-
-
-def _reshape(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+def _reshape(kind: Any, module: Any, call: Map, source: Tensor, value: Tensor) -> Node:
     shape = tuple(value.shape[1:])
-    return _positive(kind, module, lambda v: v.reshape(len(v), *shape), value)
+    entries = torch.arange(1.0, 1.0 + source.numel()).to(source).view_as(source)
+    if not torch.equal(call(entries.clone()).flatten(), entries.flatten()):
+        raise NotPiecewiseAffine("it changes values, or their order")
+
+    def reshape(v: Tensor) -> Tensor:
+        return v.reshape(len(v), *shape)
+
+    return _positive(kind, module, reshape, source, value)
 
 
-def _positive(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+def _positive(kind: Any, module: Any, call: Map, source: Tensor, value: Tensor) -> Node:
     return Node("affine", "", (), tuple(value.shape[1:]), call, call, call)
 
 
-def _linear(kind: Any, module: nn.Linear, call: Map, value: Tensor) -> Node:
+def _linear(kind: Any, module: nn.Linear, call: Map, source: Tensor, value: Tensor) -> Node:
     weight = module.weight
     return Node(
         "affine", "", (), tuple(value.shape[1:]), call,
@@ -644,9 +998,9 @@ def _linear(kind: Any, module: nn.Linear, call: Map, value: Tensor) -> Node:
     )  # fmt: skip
 
 
-def _convolution(kind: Any, module: nn.Conv2d, call: Map, value: Tensor) -> Node:
+def _convolution(kind: Any, module: nn.Conv2d, call: Map, source: Tensor, value: Tensor) -> Node:
     if module.padding_mode != "zeros":
-        raise NotPiecewiseAffine(f"Conv2d with padding_mode={module.padding_mode!r}: 'zeros' is accepted")
+        raise NotPiecewiseAffine(f"padding_mode={module.padding_mode!r}: 'zeros' is accepted")
 
     def convolve(v: Tensor, weight: Tensor) -> Tensor:
         return functional.conv2d(v, weight, None, module.stride, module.padding, module.dilation, module.groups)
@@ -658,18 +1012,15 @@ def _convolution(kind: Any, module: nn.Conv2d, call: Map, value: Tensor) -> Node
     )  # fmt: skip
 
 
-def _batch_norm(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+def _batch_norm(kind: Any, module: Any, call: Map, source: Tensor, value: Tensor) -> Node:
     scale = (module.running_var + module.eps).rsqrt()
     scale = (scale if module.weight is None else scale * module.weight).view(-1, *[1] * (value.ndim - 2))
     return replace(_scaling(value, scale), call=call, layer=module)
 
 
-def _scale(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+def _scale(kind: Any, module: Any, call: Map, source: Tensor, value: Tensor) -> Node:
     """A product with a constant, a quotient by one, or a change of sign."""
-    scale = call(torch.ones_like(value))
-    if not torch.equal(call(2 * torch.ones_like(value)), 2 * scale):
-        raise NotPiecewiseAffine(f"{kind.__name__}: the product of a value with itself is not affine")
-    return replace(_scaling(value, scale), call=call)
+    return replace(_scaling(value, call(torch.ones_like(source))), call=call)
 
 
 def _scaling(value: Tensor, scale: Tensor) -> Node:
@@ -678,11 +1029,13 @@ def _scaling(value: Tensor, scale: Tensor) -> Node:
     )
 
 
-def _max_pool(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+def _max_pool(kind: Any, module: Any, call: Map, source: Tensor, value: Tensor) -> Node:
+    if source.ndim != 4:
+        raise NotPiecewiseAffine(f"it is read for images (N, C, H, W), not for values {('N', *source.shape[1:])}")
     return Node("maxpool", "", (), tuple(value.shape[1:]), call)
 
 
-def _bounded(kind: Any, module: Any, call: Map, value: Tensor) -> Node:
+def _bounded(kind: Any, module: Any, call: Map, source: Tensor, value: Tensor) -> Node:
     return Node("bounded", "", (), tuple(value.shape[1:]), call)
 
 
@@ -693,18 +1046,23 @@ def _zero(node: Node) -> Node:
     return Node("affine", node.name, node.inputs[:1], node.shape, zero, zero, zero)
 
 
-_READ: dict[Any, Callable[[Any, Any, Map, Tensor], Node]] = {
+_READ: dict[Any, Callable[[Any, Any, Map, Tensor, Tensor], Node]] = {
     **dict.fromkeys(_ACTIVATIONS, _activation),
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(_POSITIVE, _positive),
     nn.Linear: _linear,
     nn.Conv2d: _convolution,
     **dict.fromkeys([nn.BatchNorm1d, nn.BatchNorm2d], _batch_norm),
-    **dict.fromkeys([operator.mul, torch.mul, operator.neg, torch.neg, *_QUOTIENTS], _scale),
+    **dict.fromkeys([*_PRODUCTS, *_QUOTIENTS, operator.neg, torch.neg, "neg"], _scale),
     **dict.fromkeys([nn.MaxPool2d, functional.max_pool2d], _max_pool),
     **dict.fromkeys([nn.LayerNorm, Attention], _bounded),
 }
-_KNOWN = ", ".join(sorted({kind.__name__ for kind in _READ if isinstance(kind, type)} | {"sums", "scalings"}))
+_TREATED = {*_READ, *_SUMS, *_JOINS, *_PIECES, *_SIZES}
+_KNOWN = ", ".join(sorted(kind.__name__ for kind in _READ if isinstance(kind, type)))
+
+
+def _unread(name: str) -> str:
+    return f"{name}: this is not read, be it piecewise affine or not; read are {_KNOWN}, sums, scalings, slices and cat"
 
 
 def _repeat(form: tuple[Array, Array], count: int) -> tuple[Array, Array]:

@@ -160,7 +160,7 @@ def nearest(
     number("time_limit", time_limit, "a number of seconds >= 0", 0, math.inf)
     box = interval("box", box)
     labels, box = check_sample(x, y, box), rounded(box, x)
-    net = from_module(net, x.shape[1:])
+    net = from_module(net, x.shape[1:], x)
     net.require("affine", "sum", "activation", why="a mixed-integer program")
     if math.prod(x.shape[1:]) != net.n or net.classes < 2:
         raise ValueError(

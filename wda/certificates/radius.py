@@ -168,8 +168,8 @@ def by_programs(
 
     Examples
     --------
-    >>> net = read(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double(), (2,))
     >>> x = torch.rand(2, 2).double()
+    >>> net = read(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double(), x)
     >>> by_programs(net, x, net(x).argmax(1), "Linf", (0.0, 1.0), time_limit=math.inf).exact.tolist()
     [True, True]
     """
@@ -292,8 +292,8 @@ def margin_bound(
     return result.to(x.device)
 
 
-def read(model: nn.Module | Net, shape: tuple[int, ...]) -> Net:
-    """The network as a graph in float64, its weights checked.
+def read(model: nn.Module | Net, x: Tensor) -> Net:
+    """The network as a graph in float64, compared with the model at a sample.
 
     Raises
     ------
@@ -304,14 +304,10 @@ def read(model: nn.Module | Net, shape: tuple[int, ...]) -> Net:
 
     Examples
     --------
-    >>> read(nn.Linear(2, 3), (2,)).classes
+    >>> read(nn.Linear(2, 3), torch.zeros(1, 2)).classes
     3
     """
-    if isinstance(model, nn.Module):
-        for name, value in model.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise ValueError(f"model: {name} has NaN or infinite values, finite weights are accepted")
-    return from_module(model, shape=shape)
+    return from_module(model, shape=x.shape[1:], sample=x)
 
 
 class _Problem:
@@ -332,7 +328,7 @@ class _Problem:
         self.method = "optimised" if method == "auto" else method
         self.norm, self.box, self.refine = norm_name, checked_interval("box", box), refine
         self.y = check_sample(x, y, self.box)
-        self.net = read(model, tuple(x.shape[1:]))
+        self.net = read(model, x)
         check_labels(self.y, self.net.classes)
         self.box = rounded(self.box, x)
         self.x, self.y = x.detach().to(self.net.like), self.y.to(self.net.like.device)

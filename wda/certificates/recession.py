@@ -270,8 +270,8 @@ def sample_slope(net: Net | nn.Module, x: Tensor, y: Tensor, norm: str) -> Slope
     True
     """
     exponent(norm)
-    net = from_module(net, x.shape[1:] if isinstance(x, Tensor) else None)
     y = check_sample(x, y, None)
+    net = from_module(net, x.shape[1:], x)
     check_labels(y, net.classes)
     points = x.detach().flatten(1).double().cpu().numpy()
     return _over_cones(

@@ -330,7 +330,7 @@ class _Problem:
     def read(cls, net: Net | nn.Module, x: Tensor, y: Tensor, loss: str, threat: Threat) -> _Problem:
         choice("loss", loss, ("margin", "ce"))
         labels = check_sample(x, y, threat.box)
-        net = from_module(net, x.shape[1:])
+        net = from_module(net, x.shape[1:], x)
         net.require("affine", "sum", "activation", why="the exact worst-case risk")
         if math.prod(x.shape[1:]) != net.n or net.classes < 2:
             raise ValueError(

@@ -39,14 +39,15 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        part, name = _part(path)
+        handle, name = _part(path)
     except OSError as error:
         raise type(error)(error.errno, f"the folder {path.parent} cannot be written: {error.strerror}") from error
+    part = _Part(handle, "wb")
     try:
         with io.BufferedWriter(part) as file:
             yield file
             file.flush()
-            os.fsync(part.fileno())
+            os.fsync(handle)
             os.chmod(name, 0o666 & ~_umask())
             os.replace(name, path)
     except BaseException as error:
@@ -59,9 +60,15 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 class _Part(io.FileIO):
-    """A file that remembers why a write failed: libraries that write to it raise errors of their own instead."""
+    """A file that remembers why a write failed: libraries that write to it raise errors of their own instead.
+
+    It does not give away its descriptor, so that they do not write past it.
+    """
 
     failure: OSError | None = None
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
 
     def write(self, data: Any) -> int:
         try:
@@ -79,15 +86,14 @@ def _beginning(path: Path) -> str:
     return f".{path.name[:50]}."
 
 
-def _part(path: Path) -> tuple[_Part, str]:
+def _part(path: Path) -> tuple[int, str]:
     """A new file beside `path`, locked as long as it is open, so that others see that it is not abandoned."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=_beginning(path), suffix=_SUFFIX)
-        part = _Part(handle, "wb")
         _lock(handle, wait=True)
         if os.fstat(handle).st_nlink:
-            return part, name
-        part.close()  # taken for abandoned before it was locked
+            return handle, name
+        os.close(handle)  # taken for abandoned before it was locked
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -589,10 +589,8 @@ if any(word.endswith("engine.py") for word in sys.orig_argv):
 """
 
 
-@pytest.mark.parametrize(("which", "status"), [("[os.getpid(), os.getppid()]", 130), ("[os.getpid()]", 1)])
-def test_a_signal_at_the_moment_when_snakemake_has_selected_its_first_job(
-    which: str, status: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("which", ["[os.getppid(), os.getpid()]", "[os.getpid()]"])
+def test_a_signal_at_the_moment_when_snakemake_has_selected_its_first_job(which: str, tmp_path: Path) -> None:
     """There its own handler of SIGTERM waits for ever for the lock that the selection holds."""
     sweep_of(tmp_path)
     (tmp_path / "sitecustomize.py").write_text(SELECTED.replace("WHICH", which))
@@ -600,7 +598,7 @@ def test_a_signal_at_the_moment_when_snakemake_has_selected_its_first_job(
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     run = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path, "WDA_KILLS": str(tmp_path / "out")})
     kills.gone(run, tmp_path / "out")
-    assert run.returncode == status
+    assert run.returncode == 130 if "ppid" in which else run.returncode > 0
     log = (tmp_path / "out" / "snakemake.log").read_text()
     assert "Select jobs to execute" in log
     assert "AssertionError" not in log

@@ -7,21 +7,27 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import kills
+import psutil
 import pytest
 import torch
+from kills import HANG
 
 import wda
 from wda import cli, experiment
-from wda.experiment import Cell, Sweep, engine, load_sweep, merge, run_cell, within
+from wda.experiment import Cell, Sweep, engine, load_sweep, merge, run_cell, run_sweep, within
+from wda.experiment.sweeps import shipped
 
 BALL: dict[str, Any] = {"eps": 0.1, "order": 1}
 ONE_BY_ONE: list[dict[str, Any]] = [
@@ -428,16 +434,189 @@ def test_records_of_another_version_are_refused(tmp_path: Path, capsys: pytest.C
         assert "a record of version 0.0.1 of wda" in capsys.readouterr().err
 
 
-def test_a_folder_takes_one_sweep_at_a_time(
+def test_a_folder_takes_one_sweep_at_a_time_and_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep_of(tmp_path)
     monkeypatch.setattr("wda.experiment.engine._PATIENCE", 0.2)
     (tmp_path / "out").mkdir()
+    words = ["sweep", str(tmp_path / "mine.toml"), "-o", str(tmp_path / "out")]
     with (tmp_path / "out" / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert cli.main(["sweep", str(tmp_path / "mine.toml"), "-o", str(tmp_path / "out")]) == 2
-    assert "another sweep is at work in this folder" in capsys.readouterr().err
+        assert cli.main(words) == 2
+    assert "another sweep is at work in this folder: a process that is not known" in capsys.readouterr().err
+    with engine._only_one(tmp_path / "out" / ".lock", print):
+        assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert f"this folder: process {os.getpid()} on " in said
+    assert f"it ends by: kill {os.getpid()}" in said
+
+
+HUNG = """
+import os, signal, subprocess, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+cell = subprocess.Popen(["sleep", "3600"])
+with open("PLACE.new", "w") as file:
+    file.write(f"{os.getpid()} {cell.pid}")
+os.rename("PLACE.new", "PLACE")
+time.sleep(3600)
+"""
+
+
+def alive(number: str) -> bool:
+    """Whether a process of that number runs; one that has ended and waits to be noticed does not."""
+    return psutil.pid_exists(int(number)) and psutil.Process(int(number)).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for_the_end_of(*numbers: str) -> None:
+    """Of processes that have been killed: that takes a moment."""
+    begun = time.monotonic()
+    while any(map(alive, numbers)):
+        assert time.monotonic() - begun < HANG
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where an engine that hears no signal, in the place of Snakemake, writes its number and that of a cell."""
+    (tmp_path / "engine.py").write_text(HUNG.replace("PLACE", str(tmp_path / "numbers")))
+    monkeypatch.setattr(engine, "shipped", lambda: tmp_path)
+    monkeypatch.setattr(engine, "_GRACE", 0.3)
+    return tmp_path / "numbers"
+
+
+def interrupt(at: Path, *numbers: int) -> None:
+    """Send signals to this process once the engine is there."""
+    while not at.exists():
+        time.sleep(0.02)
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize(
+    ("sent", "grace"), [(signal.SIGINT, 0.3), (signal.SIGTERM, 0.3), (signal.SIGHUP, 0.3), (signal.SIGINT, HANG)]
+)
+def test_a_signal_ends_an_engine_that_hangs(
+    sent: int, grace: float, hung: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a while, or at once where there is a second signal."""
+    monkeypatch.setattr(engine, "_GRACE", grace)
+    before = signal.signal(sent, signal.default_int_handler)
+    sender = threading.Thread(target=interrupt, args=(hung, *[sent] * (2 if grace == HANG else 1)))
+    sender.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(sweep_of(tmp_path), tmp_path / "out")
+    finally:
+        sender.join()
+        assert signal.signal(sent, before) is signal.default_int_handler
+    wait_for_the_end_of(*hung.read_text().split())
+
+
+def test_an_engine_ends_with_whoever_listens(hung: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deaf(line: str) -> None:
+        if hung.exists():
+            raise BrokenPipeError(line)
+
+    def follow(*rest: Any) -> None:
+        while not hung.exists():
+            time.sleep(0.02)
+        deaf("1/18 done")
+
+    monkeypatch.setattr(engine, "_follow", follow)
+    with pytest.raises(BrokenPipeError):
+        run_sweep(sweep_of(tmp_path), tmp_path / "out", say=deaf)
+    wait_for_the_end_of(*hung.read_text().split())
+
+
+def test_a_reader_that_has_gone_ends_a_sweep_and_that_is_said(tmp_path: Path) -> None:
+    sweep_of(tmp_path)
+    words = [sys.executable, "-m", "wda.cli", "sweep", str(tmp_path / "mine.toml"), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        run.stdout.close()
+        assert run.stderr is not None
+        said = run.stderr.read()
+    assert said == "wda sweep: nobody reads what it prints: ended; the same command goes on from here\n"
+    assert run.returncode == 128 + signal.SIGPIPE
+
+
+STUCK = """
+import os, signal, subprocess, sys, threading
+
+def main(arguments):
+    lock = threading.Lock()
+    def handler(*_):
+        with lock:
+            pass
+    signal.signal(signal.SIGTERM, handler)
+    cell = subprocess.Popen(["sleep", "3600"])
+    print(cell.pid, flush=True)
+    if arguments == ["signal"]:
+        with lock:
+            os.kill(os.getpid(), signal.SIGTERM)
+    if arguments == ["deaf"]:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("how", ["signal", "parent", "deaf"])
+def test_snakemake_ends_with_the_sweep_and_by_a_signal_that_its_handler_cannot_take(how: str, tmp_path: Path) -> None:
+    """In the place of Snakemake: a handler that takes a lock of the thread it interrupts, or one that hears nothing."""
+    (tmp_path / "snakemake").mkdir()
+    (tmp_path / "snakemake" / "__init__.py").touch()
+    (tmp_path / "snakemake" / "cli.py").write_text(STUCK)
+    theirs, ours = os.pipe()
+    words = [sys.executable, "-P", str(shipped() / "engine.py"), str(theirs), "0.3", how]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        words, env=environment, pass_fds=[theirs], start_new_session=True, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        cell = run.stdout.readline().strip()
+        if how != "signal":
+            os.close(ours)
+        run.wait(HANG)
+    wait_for_the_end_of(cell)
+    assert run.returncode != 0
+
+
+SELECTED = """
+import sys
+if any(word.endswith("engine.py") for word in sys.orig_argv):
+    import os, signal
+    from snakemake.scheduling.job_scheduler import JobScheduler
+
+    update = JobScheduler.update_available_resources
+
+    def selected(self, jobs):
+        assert self._lock.locked()
+        for process in WHICH:
+            os.kill(process, signal.SIGTERM)
+        return update(self, jobs)
+
+    JobScheduler.update_available_resources = selected
+"""
+
+
+@pytest.mark.parametrize("which", ["[os.getppid(), os.getpid()]", "[os.getpid()]"])
+def test_a_signal_at_the_moment_when_snakemake_has_selected_its_first_job(which: str, tmp_path: Path) -> None:
+    """There its own handler of SIGTERM waits for ever for the lock that the selection holds."""
+    sweep_of(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(SELECTED.replace("WHICH", which))
+    words = [sys.executable, "-m", "wda.cli", "sweep", str(tmp_path / "mine.toml"), "-o", str(tmp_path / "out")]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path, "WDA_KILLS": str(tmp_path / "out")})
+    kills.gone(run, tmp_path / "out")
+    assert run.returncode == 130 if "ppid" in which else run.returncode > 0
+    log = (tmp_path / "out" / "snakemake.log").read_text()
+    assert "Select jobs to execute" in log
+    assert "AssertionError" not in log
+    assert not (tmp_path / "out" / "records" / "journal.txt").exists(), "no cell was started"
 
 
 @pytest.mark.parametrize(
@@ -524,3 +703,19 @@ def test_a_killed_sweep_goes_on_and_a_broken_cell_fails_alone(tmp_path: Path) ->
     assert "1 of 3 cells have no record" in second.stderr
     lines = (out / "tables" / "cells.csv").read_text().splitlines()[1:]
     assert [float(line.split(",")[4]) for line in lines] == [0.05, 0.1]
+
+
+def test_a_sweep_ends_by_signals_and_with_any_of_its_processes_and_goes_on(tmp_path: Path) -> None:
+    """A few of what `make kills` does: nothing is left running, and it comes to the same records and tables."""
+    (tmp_path / "short.toml").write_text(kills.SHORT.replace("[0.05, 0.1]", "0.1"))
+    name, calm = str(tmp_path / "short.toml"), tmp_path / "calm"
+    sweep = load_sweep(name)
+    run_cell(sweep.tasks[0].cell, calm / "records")
+    experiment.write_tables(sweep, calm / "records", calm / "tables")
+    sent, ends = kills.signalled(name, calm, tmp_path / "signals", 2, random.Random(1), 8)
+    assert len(sent) == 2
+    assert ends["same_records_and_tables"] == ends["sweeps"]
+    found = kills.killed_alone(name, calm, tmp_path / "alone", "wda sweep")
+    assert found["status"] == -signal.SIGKILL
+    assert found["status_of_the_same_command"] == 0
+    assert found["same_records_and_tables"]

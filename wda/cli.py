@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -88,10 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.set_defaults(command=_doctor)
     options = parser.parse_args(arguments)
     try:
-        return int(options.command(options))
+        status = int(options.command(options))
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         print(f"wda {options.command.__name__[1:]}: {_lacking(error)}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `wda ... | head -1`: what else it has to say goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as of a command that SIGPIPE ends
+    return status
 
 
 def _lacking(error: ModuleNotFoundError) -> str:
@@ -136,7 +142,9 @@ def _run(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from wda.experiment import load_sweep, run_sweep
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what it started ends with it
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does; what nohup has told to ignore stays ignored
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         sweep = load_sweep(options.name)
         folder = Path(options.output or f"results/{sweep.name}")
@@ -150,17 +158,20 @@ def _sweep(options: argparse.Namespace) -> int:
             again=options.again,
             say=lambda line: print(line, flush=True),
         )
+        for failure in failures:
+            print(f"failed: {failure.name}\n  {failure.error}\n  {failure.where}", file=sys.stderr)
+        if failures:
+            print(f"{len(failures)} cells failed; the same command runs these again", file=sys.stderr)
+        return max(_table(options), int(bool(failures)))
+    except BrokenPipeError:
+        print("wda sweep: nobody reads what it prints: ended; the same command goes on from here", file=sys.stderr)
+        raise
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"wda sweep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("wda sweep: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    for failure in failures:
-        print(f"failed: {failure.name}\n  {failure.error}\n  {failure.where}", file=sys.stderr)
-    if failures:
-        print(f"{len(failures)} cells failed; the same command runs these again", file=sys.stderr)
-    return max(_table(options), int(bool(failures)))
 
 
 def _table(options: argparse.Namespace) -> int:

@@ -46,12 +46,14 @@ SCHEMA = 1  # of what is stored; files from before there were schemas state none
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file beside `path` for writing, and move it there once it is whole; on any failure leave nothing.
 
-    Folders are made as needed.
+    Folders are made as needed. Where a process dies while it writes, its file beside `path` stays until the next one
+    that writes `path` removes it.
 
     Raises
     ------
     OSError
-        The folder cannot be made or written, or the disk is full; the message names it.
+        The folder cannot be made or written, or the disk is full; the message names it, and says whether what `path`
+        held before is still there.
 
     Examples
     --------
@@ -64,21 +66,86 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _remove_abandoned(path)
+        handle, name = _part(path)
     except OSError as error:
         raise type(error)(error.errno, f"the folder {path.parent} cannot be written: {error.strerror}") from error
+    part = _Part(handle, "wb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with io.BufferedWriter(part) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+            os.fsync(handle)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
-        raise
+        cause = error if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else part.failure
+        if cause is None:
+            raise
+        kept = "; what it held before is kept" if path.exists() else ""
+        raise OSError(cause.errno, f"{path} cannot be written: {cause.strerror}{kept}") from error
+
+
+class _Part(io.FileIO):
+    """A file that remembers why a write failed: libraries that write to it raise errors of their own instead.
+
+    It does not give away its descriptor, so that they do not write past it.
+    """
+
+    failure: OSError | None = None
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+_SUFFIX = ".part"
+
+
+def _beginning(path: Path) -> str:
+    """Of the names of files in which `path` is written; cut, as names must not be too long."""
+    return f".{path.name[:50]}."
+
+
+def _part(path: Path) -> tuple[int, str]:
+    """A new file beside `path`, locked as long as it is open, so that others see that it is not abandoned."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_beginning(path), suffix=_SUFFIX)
+        _lock(handle, wait=True)
+        if os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # taken for abandoned before it was locked
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the files in which `path` was being written by processes that have died: nobody holds their locks."""
+    beginning = _beginning(path)
+    with os.scandir(path.parent) as entries:
+        ours = [entry for entry in entries if entry.name.startswith(beginning) and entry.name.endswith(_SUFFIX)]
+    for name in [entry.path for entry in ours if entry.is_file(follow_symlinks=False)]:
+        with contextlib.suppress(OSError), open(name, "rb") as file:
+            if _lock(file.fileno(), wait=False):
+                os.unlink(name)
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Lock an open file; False where another process has, or the system or the disk knows no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -33,6 +33,6 @@ rule cell:
         runtime=720,  # minutes
     shell:
         "unset PYTHONDONTWRITEBYTECODE;"
-        " OMP_NUM_THREADS={threads} MKL_DYNAMIC=FALSE OMP_WAIT_POLICY=PASSIVE"
-        " {params.python:q} -m papermill {params.notebook:q} {log.notebook:q} --no-progress-bar"
+        " export OMP_NUM_THREADS={threads} MKL_DYNAMIC=FALSE OMP_WAIT_POLICY=PASSIVE;"
+        " exec {params.python:q} -m papermill {params.notebook:q} {log.notebook:q} --no-progress-bar"
         " -f {input:q} --cwd {params.cwd:q} > {log.text:q} 2>&1"

@@ -8,14 +8,18 @@ import importlib.util
 import itertools
 import json
 import os
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from wda.checks import whole
 from wda.experiment.cells import Cell, finished
@@ -57,6 +61,10 @@ def run_sweep(
     A cell that fails stays without a record, its traceback in its notebook, and the others go on. However a sweep
     ends, the same call takes it up again: what has a record is not run anew.
 
+    Cells end with the sweep. Where it is interrupted, or this process dies, what it runs here is ended, and jobs on a
+    cluster are cancelled. Only where Snakemake dies too, as when the machine does, do jobs on a cluster go on; they
+    write their records, and later jobs of the same cells wait for them.
+
     Parameters
     ----------
     sweep : Sweep
@@ -83,7 +91,9 @@ def run_sweep(
     ------
     ValueError, OSError
         A bad argument, a folder that cannot be written, holds records of another version, or in which another sweep
-        is at work.
+        is at work; Snakemake was killed.
+    KeyboardInterrupt
+        As ever; SIGTERM and SIGHUP have their usual effect too, once what was started has ended.
 
     Examples
     --------
@@ -96,7 +106,7 @@ def run_sweep(
     folder = Path(folder).resolve()
     records = folder / "records"
     check_writable(records)
-    with _only_one(folder / ".lock") as lock:
+    with _only_one(folder / ".lock", say) as lock:
         at_hand = Inputs(records)
         left = [_parts(task.cell, records, shards, again, at_hand) for task in sweep.tasks]
         at_hand.keep()
@@ -108,16 +118,17 @@ def run_sweep(
         if not cells:
             return []
         _prepare(folder, cells, threads)
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(shipped() / "sweep.smk")]
-        command += ["--directory", str(folder / ".state"), "--keep-going"]
+        command = ["--snakefile", str(shipped() / "sweep.smk"), "--directory", str(folder / ".state"), "--keep-going"]
         if where:
             command += ["--profile", str(where)] + ([] if jobs is None else ["--jobs", str(jobs)])
         else:
             command += ["--cores", str((jobs or 1) * threads)]
-        with (folder / "snakemake.log").open("w") as log:
-            # what Snakemake starts does not inherit the lock: it is free once both of us are gone
-            engine = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()])
-            _follow(engine, records, cells, say)
+        with _noted_signals() as noted, _snakemake(command, folder / "snakemake.log", lock, noted) as engine:
+            _follow(engine, records, cells, say, noted)
+        if engine.returncode < 0:
+            raise ChildProcessError(
+                f"Snakemake was ended by signal {-engine.returncode}; the same call goes on from here"
+            )
     return [_failure(folder, cell) for cell in cells if not (records / f"{cell.name}.json").is_file()]
 
 
@@ -131,22 +142,91 @@ def _profile(name: str | None) -> Path | None:
 
 
 @contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[IO[str]]:
-    """Hold the lock of a sweep's folder; it ends with the process, however that ends."""
-    with path.open("a") as file:
-        patience = time.monotonic() + _PATIENCE
+def _only_one(path: Path, say: Callable[[str], None]) -> Iterator[int]:
+    """Hold the lock of a sweep's folder, which names who holds it; it ends with the process, however that ends."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        patience = None
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
+                holder = os.pread(handle, 2000, 0).decode(errors="replace") or "a process that is not known"
+                if patience is None:
+                    say(f"another sweep is at work in this folder: {holder}")
+                    patience = time.monotonic() + _PATIENCE
                 if time.monotonic() > patience:
-                    raise ValueError(f"output={str(path.parent)!r}: another sweep is at work in this folder") from error
+                    said = f"output={str(path.parent)!r}: another sweep is at work in this folder: {holder}"
+                    raise ValueError(said) from error
                 time.sleep(0.1)
-        yield file
+        _name_holder(handle)
+        yield handle
+    finally:
+        os.close(handle)
 
 
-_PATIENCE = 5.0  # seconds that a sweep which was killed may take to die
+def _name_holder(lock: int, engine: int | None = None) -> None:
+    """Write into the file of the lock who holds it, and how it is ended."""
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = f"process {os.getpid()} on {socket.gethostname()}, since {since}: {shlex.join(sys.argv)}"
+    text += f"; it ends by: kill {os.getpid()}"
+    if engine is not None:
+        text += f", and where only its Snakemake is left, by: kill -9 -- -{engine}"
+    with contextlib.suppress(OSError):  # the disk may be full
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, text.encode(), 0)
+
+
+_GRACE = 10.0  # seconds that Snakemake has to end what it started, before all of it is killed
+_PATIENCE = _GRACE + 5  # seconds to wait for a sweep that may be about to end
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Only note the signals that end a program, and let them have their effect at the end; what is ignored stays so."""
+    noted: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(ending) not in (signal.SIG_IGN, None):
+                before[ending] = signal.signal(ending, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if noted:
+        signal.raise_signal(noted[0])
+
+
+@contextlib.contextmanager
+def _snakemake(arguments: list[str], log: Path, lock: int, noted: list[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """Snakemake in a process group of its own, which has ended afterwards, with all that it ran here."""
+    theirs, ours = os.pipe()
+    with open(theirs, "rb"), open(ours, "wb"), log.open("w") as out:
+        words = [sys.executable, "-P", str(shipped() / "engine.py"), str(theirs), str(_GRACE), *arguments]
+        # what Snakemake starts does not inherit the lock: it is free once both of us are gone
+        engine = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=[lock, theirs], start_new_session=True
+        )
+        try:
+            _name_holder(lock, engine.pid)
+            yield engine
+        finally:
+            _end(engine, noted)
+
+
+def _end(engine: subprocess.Popen[bytes], noted: list[int]) -> None:
+    """Interrupt Snakemake, if it runs, and kill what is left of its group after a while, or at a second signal."""
+    if engine.poll() is None:
+        os.killpg(engine.pid, signal.SIGINT)
+        patience = time.monotonic() + _GRACE
+        while engine.poll() is None and time.monotonic() < patience and len(noted) < 2:
+            time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left
+        os.killpg(engine.pid, signal.SIGKILL)
+    engine.wait()
 
 
 def _parts(cell: Cell, records: Path, shards: int, again: bool, at_hand: Inputs) -> list[Cell]:
@@ -183,28 +263,22 @@ def _prepare(folder: Path, cells: list[Cell], threads: int) -> None:
             file.write(yaml.safe_dump(content).encode())
 
 
-def _follow(engine: subprocess.Popen[bytes], records: Path, cells: list[Cell], say: Callable[[str], None]) -> None:
-    """Wait for Snakemake, and tell of each record that is there."""
+def _follow(
+    engine: subprocess.Popen[bytes], records: Path, cells: list[Cell], say: Callable[[str], None], noted: list[int]
+) -> None:
+    """Wait for the end of Snakemake, or a signal, and tell of each record that is there."""
     start, told = time.monotonic(), 0
-    try:
-        while True:
-            ended = engine.poll() is not None
-            done = sum((records / f"{cell.name}.json").is_file() for cell in cells)
-            if done > told:
-                passed = time.monotonic() - start
-                left = passed * (len(cells) - done) / done
-                say(f"{done}/{len(cells)} done, {passed:.0f} s, about {left:.0f} s left")
-                told = done
-            if ended:
-                return
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        try:  # in a terminal it has had the signal too
-            engine.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            engine.terminate()  # it lets what runs now come to its end
-            engine.wait()
-        raise
+    while not noted:
+        ended = engine.poll() is not None
+        done = sum((records / f"{cell.name}.json").is_file() for cell in cells)
+        if done > told:
+            passed = time.monotonic() - start
+            left = passed * (len(cells) - done) / done
+            say(f"{done}/{len(cells)} done, {passed:.0f} s, about {left:.0f} s left")
+            told = done
+        if ended:
+            return
+        time.sleep(0.5)
 
 
 def _failure(folder: Path, cell: Cell) -> Failure:

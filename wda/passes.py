@@ -77,8 +77,9 @@ class Oracle:
     in the mode it came in. Gradients are taken with respect to inputs only: those of the parameters stay as
     they were. Any number of rows may be passed at once; where memory runs out the batches become smaller.
 
-    Logits come back in the dtype of the input. A row of them that is NaN or infinite comes back as NaN, its gradients
-    as 0. Every comparison of its margin is then false, so no search takes such a point for a flip, or for a better one.
+    Logits come back in their own dtype, or in that of the input if it has more digits. A row of them that is NaN or
+    infinite comes back as NaN, its gradients as 0. Every comparison of its margin is then false, so no search takes
+    such a point for a flip, or for a better one.
 
     Parameters
     ----------
@@ -290,7 +291,7 @@ class Oracle:
             raise ValueError(
                 f"model(x) is {shape} for {len(x)} samples: logits of shape ({len(x)}, K) with K >= 2 are accepted"
             )
-        logits = logits.to(x.dtype)
+        logits = logits.to(torch.promote_types(logits.dtype, x.dtype))  # never to fewer digits: these may tie
         invalid = ~logits.isfinite().all(1)
         if invalid.any():
             self.invalid += int(invalid.sum())

@@ -93,9 +93,9 @@ class Oracle:
 
     Attributes
     ----------
-    forward, backward, vanished, invalid : int
+    forward, backward, vanished, invalid, tied : int
         Since the start: rows passed forward, gradients taken, those of them that were zero at points still classified
-        correctly, and rows whose logits or gradients were NaN or infinite.
+        correctly, rows whose logits or gradients were NaN or infinite, and rows whose two largest logits were equal.
     batch_size : int
         Halved whenever memory ran out.
 
@@ -119,6 +119,7 @@ class Oracle:
         self.backward = 0
         self.vanished = 0
         self.invalid = 0
+        self.tied = 0
         self._modes: list[tuple[nn.Module, bool]] = []
 
     def __enter__(self) -> Oracle:
@@ -296,6 +297,8 @@ class Oracle:
         if invalid.any():
             self.invalid += int(invalid.sum())
             logits = logits.masked_fill(invalid[:, None], torch.nan)
+        first, second = logits.topk(2, dim=1).values.unbind(1)
+        self.tied += int((first == second).sum())
         return logits
 
     def _gradient(self, total: Tensor, x: Tensor, correct: Tensor, retain_graph: bool = False) -> Tensor:
@@ -328,8 +331,8 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
     Warns
     -----
     Untrustworthy
-        Two passes of one sample differ; some logits or gradients were NaN or infinite; or more than one gradient in
-        ten was zero at a point still classified correctly.
+        Two passes of one sample differ; some logits or gradients were NaN or infinite; a sample is an error only by a
+        tie of its largest logits; or more than one gradient in ten was zero at a point still classified correctly.
 
     Examples
     --------
@@ -355,6 +358,8 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
             f"the model has NaN or infinite logits or gradients at {oracle.invalid} of the points tried, and logits "
             f"{where}; a search takes no such point for a flip"
         )
+    if oracle.tied:
+        _tell_of_ties(oracle, x, y)
     if oracle.vanished > _VANISHED * oracle.backward:
         share = 100 * oracle.vanished / oracle.backward
         distrust(
@@ -364,6 +369,17 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor) -> Iterator[None]:
 
 
 _VANISHED = 0.1
+
+
+def _tell_of_ties(oracle: Oracle, x: Tensor, y: Tensor) -> None:
+    """Warn where a sample is an error by a tie alone."""
+    points = oracle.to_model(x)
+    tied = int((margin(oracle.logits(points), y.to(points.device)) == 0).sum())
+    if tied:
+        distrust(
+            f"at {tied} of {len(x)} samples the label's logit ties exactly with the largest other one: the logits are "
+            "saturated or coarsely rounded. A tie counts as an error, at distance 0"
+        )
 
 
 def distrust(message: str) -> None:

@@ -225,21 +225,30 @@ def _confirmed(
     it is the sample. A sample that is wrong itself, if only by a tie, or whose logits are NaN, stays.
     """
     points, stays = points.clone(), (points == x).flatten(1).all(1)
-    margins = _passes(oracle, points, y)
+    margins = _passes(oracle, points, y, len(y))
     seen = ~stays | ~(margins < 0).all(0)
     wrong = torch.where(stays, ~(margins < 0).any(0), _agreed(margins))
     for direction in (_outward, _uphill):
         rows = (~wrong & ~stays).nonzero()[:, 0]
         if len(rows):
             way = direction(oracle, x[rows], points[rows], y[rows], norm, box)
-            points[rows], wrong[rows] = _moved_on(oracle, points[rows], way, y[rows], box)
+            points[rows], wrong[rows] = _moved_on(oracle, points[rows], way, y[rows], box, len(y))
     return points.where(wrong.view(-1, *[1] * (x.ndim - 1)), x), wrong, seen
 
 
-def _passes(oracle: Oracle, points: Tensor, y: Tensor) -> Tensor:
-    """Margins (3, N) in passes of each point alone, of seven at a time, and of all."""
-    sizes = (1, 7, len(points))
-    return torch.stack([margin(torch.cat([oracle.logits(p) for p in points.split(size)]), y) for size in sizes])
+def _passes(oracle: Oracle, points: Tensor, y: Tensor, whole: int) -> Tensor:
+    """Margins (6, N) in passes of each point alone, in batches of three, of seven and in a whole one.
+
+    It is the size of a batch that decides how sums are rounded, and in a small one the place within it: so each point
+    comes near the front, the middle and the end of a seven. What the points do not fill is filled with some of them.
+    """
+    margins, count = [], len(y)
+    for size, place in ((1, 0), (3, 0), (7, 0), (7, 2), (7, 4), (whole, 0)):
+        filled = -(-(count + place) // size) * size
+        rows = (torch.arange(filled, device=y.device) - place) % count
+        logits = torch.cat([oracle.logits(points[part]) for part in rows.split(size)])
+        margins.append(margin(logits, y[rows])[place : place + count])
+    return torch.stack(margins)
 
 
 def _agreed(margins: Tensor) -> Tensor:
@@ -263,7 +272,7 @@ def _uphill(oracle: Oracle, x: Tensor, points: Tensor, y: Tensor, norm: str, box
 
 
 def _moved_on(
-    oracle: Oracle, points: Tensor, way: Tensor, y: Tensor, box: tuple[float, float] | None
+    oracle: Oracle, points: Tensor, way: Tensor, y: Tensor, box: tuple[float, float] | None, whole: int
 ) -> tuple[Tensor, Tensor]:
     """Points as little along the way as makes all passes agree, and whether any do.
 
@@ -278,7 +287,7 @@ def _moved_on(
         if not len(rows):
             break
         tried, share = _on(points[rows], way[rows], share[rows], box), share[rows]
-        agreed = _agreed(_passes(oracle, tried, y[rows]))
+        agreed = _agreed(_passes(oracle, tried, y[rows], whole))
         right[rows], wrong[rows] = right[rows].where(agreed, share), share.where(agreed, wrong[rows])
     found = wrong.isfinite()
     return _on(points, way, wrong.where(found, 0), box), found

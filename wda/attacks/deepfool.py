@@ -82,7 +82,7 @@ def _step(oracle: Oracle, x: Tensor, y: Tensor, rivals: Tensor, name: str, box: 
     """The shortest step onto the boundary of one of the rivals, for the model linearised at x."""
     logits, gradients = oracle.margin_gradients(x, y, rivals)
     gradients = free(gradients, x[:, None], box)
-    gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).abs()
+    gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).abs().to(x)
     slopes = norm(gradients.flatten(0, 1), dual(name)).view_as(gaps)
     # a rival whose gradient vanishes is infinitely far away
     lengths = torch.where(slopes > 0, gaps / slopes.clamp(min=torch.finfo(x.dtype).tiny), torch.inf)

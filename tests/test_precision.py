@@ -21,7 +21,7 @@ from wda.passes import Oracle
 
 NORMS = ("Linf", "L2", "L1")
 HALF = (torch.float16, torch.bfloat16)
-FEW = {"closest": {"steps": 10, "restarts": 1}, "wda++": {}, "fab": {"steps": 8}}
+FEW: dict[str, dict[str, int]] = {"closest": {"steps": 10, "restarts": 1}, "wda++": {}, "fab": {"steps": 8}}
 each_norm = pytest.mark.parametrize("name", NORMS)
 
 
@@ -30,19 +30,27 @@ def rescaled(model: nn.Module, offset: float, scale: float) -> Callable[[Tensor]
 
 
 def found(
-    dtype: torch.dtype, name: str, offset: float = 0, scale: float = 1, n: int = 12, method: str = "closest"
+    dtype: torch.dtype,
+    name: str,
+    offset: float = 0,
+    scale: float = 1,
+    n: int = 12,
+    method: str = "closest",
+    **options: int,
 ) -> tuple[Distances, Callable[[Tensor], Tensor]]:
     """The distances of a network in that precision, with another constant and scale of its logits; and the network."""
     x, y = wda.data.load("digits", n=n)
     model = rescaled(wda.models.load("digits-mlp").to(dtype).eval(), offset, scale)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Untrustworthy)
-        return wda.distances(model, x.to(dtype), y, name, method=method, progress=False, **FEW[method]), model
+        return wda.distances(
+            model, x.to(dtype), y, name, method=method, progress=False, **{**FEW[method], **options}
+        ), model
 
 
-def ratios(result: Distances, name: str, method: str = "closest") -> Tensor:
+def ratios(result: Distances, name: str, method: str = "closest", **options: int) -> Tensor:
     """Over the distances in double precision, where neither is 0."""
-    exact = found(torch.float64, name, n=len(result.x), method=method)[0].distance
+    exact = found(torch.float64, name, n=len(result.x), method=method, **options)[0].distance
     both = (exact > 0) & (result.distance > 0)
     return (result.distance / exact)[both]
 
@@ -65,14 +73,14 @@ def test_fab_sees_gaps_and_not_constants(name: str) -> None:
 
 @each_norm
 def test_in_single_precision_a_constant_costs_the_rounding_of_the_logits_over_their_slope(name: str) -> None:
-    x, y = wda.data.load("digits", n=12)
-    plain = found(torch.float32, name)[0]
-    _, slope = Oracle(wda.models.load("digits-mlp")).gradient(plain.x_adv, y, margin)
+    whole = {"steps": 30, "restarts": 4}  # of a short search the first decisions, which may be close, count for more
+    plain = found(torch.float32, name, **whole)[0]
+    _, slope = Oracle(wda.models.load("digits-mlp")).gradient(plain.x_adv, plain.y, margin)
     for offset in (1e2, 1e3, 1e4):
-        result = found(torch.float32, name, offset)[0]
+        result = found(torch.float32, name, offset, **whole)[0]
         rounding = 4 * torch.finfo(torch.float32).eps * (offset + 100) / norm(slope, dual(name)).double()
-        assert ((result.distance - plain.distance).abs() <= rounding + 1e-3 * plain.distance).all()
-        assert ((ratios(result, name) - 1).abs() <= 0.02).all()
+        assert ((result.distance - plain.distance).abs() <= rounding + 2e-3 * plain.distance).all()
+        assert ((ratios(result, name, **whole) - 1).abs() <= 0.02).all()
 
 
 @each_norm
@@ -93,7 +101,7 @@ def test_in_half_precision_a_dense_search_finds_nothing_much_nearer(dtype: torch
         model[0].weight *= 4
         model[0].bias -= model[0].weight.sum(1) / 2
     x = torch.rand(6, 2).to(dtype)
-    side = (torch.arange(513) / 512).to(dtype).unique()
+    side = (torch.arange(257) / 256).to(dtype).unique()
     grid = torch.cartesian_prod(side, side)
     for offset, scale in ((0, 1), (0, 1e-2), (0, 1e2)):
         deployed = rescaled(model.to(dtype), offset, scale)

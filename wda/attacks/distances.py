@@ -118,8 +118,9 @@ def distances(
 ) -> Distances:
     """Search the nearest misclassified point of each sample.
 
-    Every point that is returned was classified anew, by a forward pass of its own. One set of distances serves all
-    budgets and all orders.
+    Every point that is returned was classified anew: alone, in batches of three, of seven and of the size at hand. It
+    is an error of the model as it runs, in its own precision; a tie of the label's logit with another one counts. One
+    set of distances serves all budgets and all orders.
 
     Parameters
     ----------
@@ -158,7 +159,9 @@ def distances(
     Warns
     -----
     Untrustworthy
-        The model is random, has NaN logits, or many gradients are zero.
+        The model is random, has NaN logits, or many gradients are zero; a sample's logits tie exactly, or those of what
+        was found do so over 5 % of its distance; or an error was found that its other passes deny, and none near it
+        holds in all of them: then its distance is infinite.
 
     Examples
     --------

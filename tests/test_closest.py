@@ -66,7 +66,8 @@ def test_affine_models_have_their_nearest_boundary_found(
     assert torch.equal(found.isfinite(), exact.isfinite())
     ratio = (found / exact)[exact.isfinite()]
     assert (ratio >= 1 - (1e-12 if dtype == torch.float64 else 1e-5)).all()
-    assert (ratio <= 1 + (1e-9 if dtype == torch.float64 else 1e-4)).all()
+    # in single precision the logits of a sample near the boundary are known to about that share of its margin
+    assert (ratio <= 1 + (1e-9 if dtype == torch.float64 else 2e-3)).all()
 
 
 def nearest_in_cells(model: nn.Module, x: np.ndarray, label: int, name: str) -> float:

@@ -66,7 +66,7 @@ def test_affine_models_have_their_nearest_boundary_found(
     assert torch.equal(found.isfinite(), exact.isfinite())
     ratio = (found / exact)[exact.isfinite()]
     assert (ratio >= 1 - (1e-12 if dtype == torch.float64 else 1e-5)).all()
-    # a point is pushed until its margin exceeds rounding
+    # in single precision the logits of a sample near the boundary are known to about that share of its margin
     assert (ratio <= 1 + (1e-9 if dtype == torch.float64 else 2e-3)).all()
 
 

@@ -306,8 +306,9 @@ def test_all_layers_of_the_attack_alone_where_there_is_no_certificate() -> None:
     b = bracket(model, x, y, threat, steps=10, **QUIET)
     found = wda.distances(model, x, y, "Linf", steps=10, **QUIET)
     assert b.why.startswith("LayerNorm '3.branch.0'")
-    assert torch.equal(b.distance, found.distance)
-    assert b.upper == float(found.robust_accuracy(0.05, 2))
+    # an error of the model in single precision may be none in double, where it is sought anew
+    torch.testing.assert_close(b.distance, found.distance, rtol=0.01, atol=0)
+    assert b.upper == pytest.approx(float(found.robust_accuracy(0.05, 2)), rel=0.01)
     assert b.lower == 0
     assert float(b.curve(0.0)[0]) == float((found.distance > 0).double().mean())
     assert not b.exact[found.distance > 0].any()

@@ -55,8 +55,8 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor, found: Tensor | None = None)
     -----
     Untrustworthy
         Passes of the same samples differ; logits depend on the other samples of the batch; the model puts itself into
-        training mode; some logits or gradients were NaN or infinite; or more than one gradient in ten was zero at a
-        point still classified correctly.
+        training mode; some logits or gradients were NaN or infinite; a sample is an error only by a tie of its largest
+        logits; or more than one gradient in ten was zero at a point still classified correctly.
 
     Examples
     --------
@@ -78,11 +78,24 @@ def inspected(oracle: Oracle, x: Tensor, y: Tensor, found: Tensor | None = None)
             f"the model has NaN or infinite logits or gradients at {oracle.invalid} of the points tried, and logits "
             f"{where}; a search takes no such point for a flip"
         )
+    if oracle.tied:
+        _tell_of_ties(oracle, x, y)
     if oracle.vanished > _VANISHED * oracle.backward:
         share = 100 * oracle.vanished / oracle.backward
         distrust(
             f"{share:.0f} % of the gradients were zero at points still classified correctly: there the attack is "
             "blind, and the model need not be robust. A loss of logits (margin) may help, or a gradient-free attack"
+        )
+
+
+def _tell_of_ties(oracle: Oracle, x: Tensor, y: Tensor) -> None:
+    """Warn where a sample is an error by a tie alone."""
+    logits = oracle.check(x)
+    tied = int((margin(logits, y.to(logits.device)) == 0).sum())
+    if tied:
+        distrust(
+            f"at {tied} of {len(x)} samples the label's logit ties exactly with the largest other one: the logits are "
+            "saturated or coarsely rounded. A tie counts as an error, at distance 0"
         )
 
 

@@ -83,8 +83,9 @@ class Oracle:
     those of the parameters stay as they were. Any number of rows may be passed at once; where memory runs out the
     batches become smaller.
 
-    Logits come back in the dtype of the input. A row of them that is NaN or infinite comes back as NaN, its gradients
-    as 0. Every comparison of its margin is then false, so no search takes such a point for a flip, or for a better one.
+    Logits come back in their own dtype, or in that of the input if it has more digits. A row of them that is NaN or
+    infinite comes back as NaN, its gradients as 0. Every comparison of its margin is then false, so no search takes
+    such a point for a flip, or for a better one.
 
     Parameters
     ----------
@@ -98,9 +99,9 @@ class Oracle:
 
     Attributes
     ----------
-    forward, backward, vanished, invalid : int
+    forward, backward, vanished, invalid, tied : int
         Since the start: rows passed forward, gradients taken, those of them that were zero at points still classified
-        correctly, and rows whose logits or gradients were NaN or infinite.
+        correctly, rows whose logits or gradients were NaN or infinite, and rows whose two largest logits were equal.
     checks : int
         Rows passed forward by `check`, beside those.
     batch_size : int
@@ -126,6 +127,7 @@ class Oracle:
         self.backward = 0
         self.vanished = 0
         self.invalid = 0
+        self.tied = 0
         self.checks = 0
         self._state: list[_State] = []
 
@@ -174,10 +176,10 @@ class Oracle:
         >>> oracle.checks, oracle.forward
         (4, 0)
         """
-        forward, invalid = self.forward, self.invalid
+        forward, invalid, tied = self.forward, self.invalid, self.tied
         logits = self.logits(self.to_model(x))
         self.checks += self.forward - forward
-        self.forward, self.invalid = forward, invalid
+        self.forward, self.invalid, self.tied = forward, invalid, tied
         return logits
 
     def precision(self, logits: Tensor) -> float:
@@ -361,11 +363,13 @@ class Oracle:
             raise ValueError(
                 f"model(x) is {shape} for {len(x)} samples: logits of shape ({len(x)}, K) with K >= 2 are accepted"
             )
-        logits = logits.to(x.dtype)
+        logits = logits.to(torch.promote_types(logits.dtype, x.dtype))  # never to fewer digits: these may tie
         invalid = ~logits.isfinite().all(1)
         if invalid.any():
             self.invalid += int(invalid.sum())
             logits = logits.masked_fill(invalid[:, None], torch.nan)
+        first, second = logits.topk(2, dim=1).values.unbind(1)
+        self.tied += int((first == second).sum())
         return logits
 
     def _explained(self, error: RuntimeError, x: Tensor) -> Exception:

@@ -450,11 +450,13 @@ class _Adapter:
 
     def inside(self, x: Tensor) -> Tensor:
         """The sample in the package's units."""
-        return ((x - self._low) / self._width).float().clamp(0, 1).contiguous()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return ((wide - self._low) / self._width).float().clamp(0, 1).contiguous()
 
     def outside(self, z: Tensor) -> Tensor:
         """Points in the model's units and dtype."""
-        return clamp(self._low + self._width * z.detach().to(self._dtype), self._box)
+        z = z.detach().to(torch.promote_types(self._dtype, torch.float32))
+        return clamp((self._low + self._width * z).to(self._dtype), self._box)
 
     def length(self, radius: float) -> float:
         """A length in the package's units."""
@@ -465,7 +467,7 @@ class _Adapter:
         return torch.where(found == z, x, self.outside(found))
 
     def predict(self, z: Tensor) -> Tensor:
-        return self._oracle.logits(self.outside(z)).float()
+        return _single(self._oracle.logits(self.outside(z)))
 
     def get_logits_loss_grad_xent(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._ascent(z, y, losses.ce)
@@ -487,8 +489,8 @@ class _Adapter:
 
     def _towards(self, z: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
         logits, gradients = self._oracle.margin_gradients(self.outside(z), y, rivals)
-        gaps = logits.gather(1, rivals) - logits.gather(1, y[:, None])
-        return gaps.float(), gradients.float() * self._width
+        logits = _single(logits)
+        return logits.gather(1, rivals) - logits.gather(1, y[:, None]), gradients.float() * self._width
 
     def _ascent(
         self, z: Tensor, y: Tensor, loss: Callable[..., Tensor], *given: Tensor
@@ -499,7 +501,13 @@ class _Adapter:
         broken = logits.isnan().any(1)
         logits[broken] = torch.nn.functional.one_hot(y[broken], logits.shape[1]).to(logits)
         value[broken] = -torch.inf
-        return logits.float(), value.float(), gradient.float() * self._width
+        return _single(logits), value.float(), gradient.float() * self._width
+
+
+def _single(logits: Tensor) -> Tensor:
+    """In single precision; of more digits, less the largest of them, so that rounding merges no two of one offset."""
+    most = logits.amax(1, keepdim=True) if logits.dtype == torch.float64 else 0
+    return (logits - most).float()
 
 
 def _targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from wda.attacks.search import free, top_rivals, uniform_start
+from wda.attacks.search import Widened, along, free, top_rivals, uniform_start
 from wda.checks import whole
 from wda.losses import margin
 from wda.norms import clamp, dual, dual_maximiser, least_displacement, norm, project
@@ -76,14 +76,15 @@ def closest(
     right = (margin(oracle.logits(x), y) < 0).nonzero()[:, 0]
     if not len(right):
         return x
-    nearest = _Nearest(x[right], y[right], norm)
-    rivals = _rivals(oracle, nearest, box)
+    model = Widened(oracle, x[right], box)
+    nearest = _Nearest(model.x, y[right], norm)
+    rivals = _rivals(model, nearest, box)
     for restart in range(restarts):
         start = nearest.x if restart == 0 else _around(nearest, box, seed + restart)
-        _ascend(oracle, nearest, start, rivals[:, restart % rivals.shape[1], None], box, steps)
+        _ascend(model, nearest, start, rivals[:, restart % rivals.shape[1], None], box, steps)
     for _ in range(_POLISHES):
-        _polish(oracle, nearest, box)
-    return x.index_copy(0, right, nearest.points)
+        _polish(model, nearest, box)
+    return x.index_copy(0, right, model.narrow(nearest.points))
 
 
 class _Nearest:
@@ -104,17 +105,17 @@ class _Nearest:
         return wrong
 
 
-def _rivals(oracle: Oracle, nearest: _Nearest, box: tuple[float, float] | None) -> Tensor:
+def _rivals(model: Widened, nearest: _Nearest, box: tuple[float, float] | None) -> Tensor:
     """The rivals to pursue, (N, m), by the gap times the distance to the boundary of the model linearised at x.
 
     On the models at hand that ranks rivals better than either of the two alone.
     """
     x, y = nearest.x, nearest.y
-    logits = oracle.logits(x)
+    logits = model.logits(x)
     likely = top_rivals(logits, y, min(_LOOKED_AT, logits.shape[1] - 1))
     if likely.shape[1] == 1:
         return likely
-    logits, gradients = oracle.margin_gradients(x, y, likely)
+    logits, gradients = model.margin_gradients(x, y, likely)
     gaps = logits.gather(1, y[:, None]) - logits.gather(1, likely)
     slopes = norm(free(gradients, x[:, None], box).flatten(0, 1), dual(nearest.norm)).view_as(gaps)
     order = (gaps * gaps / slopes).argsort(dim=1, stable=True)
@@ -126,17 +127,17 @@ def _around(nearest: _Nearest, box: tuple[float, float] | None, seed: int) -> Te
     x, found = nearest.x, nearest.distance.isfinite()
     noise = uniform_start(x, Threat(nearest.norm, 1.0, order=math.inf, box=None), seed) - x
     radius = nearest.distance.where(found, 0)
-    start = project(x + _along(noise, radius), x, radius, nearest.norm, box)
+    start = project(x + along(noise, radius), x, radius, nearest.norm, box)
     if box is None or bool(found.all()):
         return start
     largest = norm(noise, "Linf")
-    place = (1 + _along(noise, 1 / largest.where(largest > 0, 1))) / 2
+    place = (1 + along(noise, 1 / largest.where(largest > 0, 1))) / 2
     anywhere = clamp(box[0] + (box[1] - box[0]) * place, box)
     return anywhere.index_copy(0, found.nonzero()[:, 0], start[found])
 
 
 def _ascend(
-    oracle: Oracle, nearest: _Nearest, point: Tensor, rival: Tensor, box: tuple[float, float] | None, steps: int
+    model: Widened, nearest: _Nearest, point: Tensor, rival: Tensor, box: tuple[float, float] | None, steps: int
 ) -> None:
     """Steps up the margin of one rival (N, 1), in a ball that shrinks and grows."""
     x, y, name = nearest.x, nearest.y, nearest.norm
@@ -146,16 +147,18 @@ def _ascend(
     before = point
     for t in range(steps):
         cooling = (1 + math.cos(math.pi * t / steps)) / 2
-        logits, gradients = oracle.margin_gradients(point, y, rival)
-        flipped = nearest.update(point, logits)
-        gradient = free(gradients[:, 0], point, box)
-        gap = (logits.gather(1, y[:, None]) - logits.gather(1, rival))[:, 0].clamp(min=0)
-        linear = norm(point - x, name) + gap / norm(gradient, dual(name))
+        seen = model.rounded(point)
+        logits, gradients = model.margin_gradients(seen, y, rival)
+        flipped = nearest.update(seen, logits)
+        gradient = free(gradients[:, 0], seen, box)
+        gap = (logits.gather(1, y[:, None]) - logits.gather(1, rival))[:, 0].clamp(min=0).to(x)
+        linear = norm(seen - x, name) + gap / norm(gradient, dual(name))
         radius = _radius(radius, linear, flipped, nearest.distance, 0.1 * cooling + 0.001)
         step = (0.01 + 0.99 * cooling) * _step(gradient, radius, name, box)
         ahead = project(point + step + 0.5 * (point - before), x, radius, name, box)
         point, before = ahead, point
-    nearest.update(point, oracle.logits(point))
+    seen = model.rounded(point)
+    nearest.update(seen, model.logits(seen))
 
 
 def _radius(radius: Tensor, linear: Tensor, flipped: Tensor, nearest: Tensor, rate: float) -> Tensor:
@@ -179,30 +182,25 @@ def _step(gradient: Tensor, radius: Tensor, name: str, box: tuple[float, float] 
     Then the projection onto the ball thins the step out, and its length is that of the steepest coordinate's move.
     """
     if name != "L1":
-        return _along(dual_maximiser(gradient, name), radius)
+        return along(dual_maximiser(gradient, name), radius)
     steepest = norm(gradient, "Linf")
     room = radius if box is None else radius.clamp(max=min(box[1] - box[0], torch.finfo(radius.dtype).max))
-    return _along(gradient, _L1_SHARE * room / steepest.where(steepest > 0, 1))
+    return along(gradient, _L1_SHARE * room / steepest.where(steepest > 0, 1))
 
 
-def _polish(oracle: Oracle, nearest: _Nearest, box: tuple[float, float] | None) -> None:
+def _polish(model: Widened, nearest: _Nearest, box: tuple[float, float] | None) -> None:
     """Bisect between each nearest flip and the nearest flip of the model linearised there."""
     rows = nearest.distance.isfinite().nonzero()[:, 0]
     if not len(rows):
         return
     x, y, flip = nearest.x[rows], nearest.y[rows], nearest.points[rows]
-    logits, gradient = oracle.gradient(flip, y, margin)
-    level = (gradient * (flip - x)).flatten(1).sum(1) - margin(logits, y)
+    logits, gradient = model.gradient(flip, y, margin)
+    level = (gradient * (flip - x)).flatten(1).sum(1) - margin(logits, y).to(x)
     ideal = clamp(x + least_displacement(gradient, x, level, nearest.norm, box), box)
     right, wrong = torch.zeros_like(level), torch.ones_like(level)  # shares of the way from the ideal to the flip
     share = right
     for _ in range(_TRIALS):
-        point = ideal + _along(flip - ideal, share)
-        flipped = nearest.update(point, oracle.logits(point), rows)
+        seen = model.rounded(ideal + along(flip - ideal, share))
+        flipped = nearest.update(seen, model.logits(seen), rows)
         right, wrong = right.where(flipped, share), share.where(flipped, wrong)
         share = (right + wrong) / 2
-
-
-def _along(direction: Tensor, length: Tensor) -> Tensor:
-    """Each sample's direction (N, ...) times its length (N,)."""
-    return length.view(-1, *[1] * (direction.ndim - 1)) * direction

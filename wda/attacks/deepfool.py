@@ -83,7 +83,7 @@ def deepfool(
 def _step(oracle: Oracle, x: Tensor, y: Tensor, rivals: Tensor, name: str, box: tuple[float, float] | None) -> Tensor:
     """The shortest step onto the boundary of one of the rivals, for the model linearised at x."""
     logits, parts = oracle.rival_gradients(x, y, rivals, max(1, oracle.batch_size // len(x)))
-    gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).abs()
+    gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).abs().to(x)
     length, chosen = torch.full_like(gaps[:, 0], torch.inf), torch.zeros_like(x)
     for some, gradients in parts:
         gradients = free(gradients, x[:, None], box)

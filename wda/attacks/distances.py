@@ -13,15 +13,16 @@ from torch import Tensor
 
 from wda.attacks.autoattack import fab
 from wda.attacks.closest import closest
+from wda.attacks.search import Widened, along, free
 from wda.attacks.wda_plus_plus import wda_plus_plus
 from wda.budget import allocate, robust_accuracy
 from wda.checks import choice, interval, whole
 from wda.distribution import AdversarialDistribution
 from wda.inspection import inspected
 from wda.losses import margin, rival_logits
-from wda.norms import clamp, exponent
+from wda.norms import clamp, dual_maximiser, exponent
 from wda.norms import norm as lengths
-from wda.passes import Counts, Model, Oracle, batches, check_sample
+from wda.passes import Counts, Model, Oracle, batches, check_sample, distrust
 from wda.threat import Threat
 
 __all__ = ["METHODS", "Distances", "distances"]
@@ -118,8 +119,9 @@ def distances(
 ) -> Distances:
     """Search the nearest misclassified point of each sample.
 
-    Every point that is returned was classified anew, by a forward pass of its own. One set of distances serves all
-    budgets and all orders.
+    Every point that is returned was classified anew: alone, in batches of three, of seven and of the size at hand. It
+    is an error of the model as it runs, in its own precision; a tie of the label's logit with another one counts. One
+    set of distances serves all budgets and all orders.
 
     Parameters
     ----------
@@ -158,8 +160,9 @@ def distances(
     Warns
     -----
     Untrustworthy
-        The model is random, or its logits depend on the other samples of a batch; it has NaN logits; or many
-        gradients are zero.
+        The model is random, or its logits depend on the other samples of a batch; it has NaN logits; many gradients
+        are zero; a sample's logits tie exactly, or those of what was found do so over 5 % of its distance; or an error
+        was found that its other passes deny, and none near it holds in all of them: then its distance is infinite.
 
     Examples
     --------
@@ -184,53 +187,135 @@ def distances(
     start = time.monotonic()
     x_adv, gap = x.detach().clone(), torch.empty(len(x), dtype=torch.float64, device=x.device)
     rival = torch.full_like(y, -1)
+    lost, tied = torch.zeros(2, len(x), dtype=torch.bool)
     with Oracle(model, batch_size, autocast) as oracle, inspected(oracle, x, y, x_adv):
 
         def measure(rows: slice) -> None:
             clean = oracle.to_model(x[rows]).detach()
             labels = y[rows].to(clean.device)
-            points = clamp(search(oracle, clean, labels, norm, box, **parameters), box)
-            points, wrong, winner = _verified(oracle, clean, points, labels, box)
-            x_adv[rows], rival[rows] = points.to(x.device), winner.to(x.device)
+            found = clamp(search(oracle, clean, labels, norm, box, **parameters), box)
+            points, wrong, seen = _confirmed(oracle, clean, found, labels, norm, box)
+            logits = oracle.logits(points)
+            x_adv[rows] = points.to(x.device)
+            rival[rows] = rival_logits(logits, labels).argmax(1).masked_fill(~wrong, -1).to(x.device)
             gap[rows] = lengths(points.double() - clean.double(), norm).masked_fill(~wrong, math.inf).to(x.device)
+            tied[rows] = _ties(oracle, clean, points, logits, labels, box).cpu()
+            lost[rows] = (seen & ~wrong).cpu()
 
         for rows in batches(len(x), batch_size, f"{method} {norm}", progress):
             oracle.in_batches(measure, rows)
     counts = oracle.counts(len(x), time.monotonic() - start)
+    if lost.any():
+        distrust(
+            f"at {int(lost.sum())} of {len(x)} samples an error was found that not all passes of it confirm, alone, in "
+            "sevens and in whole batches; none near it is confirmed either, and the distance is infinite there"
+        )
+    if tied.any():
+        distrust(
+            f"at {int(tied.sum())} of {len(x)} samples the error found is an exact tie, and still is one "
+            f"{100 * _WIDE:.0f} % further on: the logits are saturated or coarsely rounded. A tie counts as an error, "
+            "and here that decides the distance"
+        )
     return Distances(x.detach(), y.to(x.device), norm, box, gap, x_adv, rival, counts)
 
 
-def _verified(
-    oracle: Oracle, x: Tensor, points: Tensor, y: Tensor, box: tuple[float, float] | None
+def _confirmed(
+    oracle: Oracle, x: Tensor, points: Tensor, y: Tensor, norm: str, box: tuple[float, float] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The points that a fresh pass finds misclassified, whether one was found, and the class that wins there.
+    """The points, moved on where need be until all passes misclassify them; whether they do, and whether any did.
 
-    A point on the very boundary may fall on either side when it is evaluated again in a batch of another size. So it
-    should be wrong by more than rounding: one that is not is tried a little further along its ray, in steps that grow
-    fourfold from a few units in the last place. A sample that is wrong itself, if only by a tie, or whose logits are
-    NaN, stays.
+    A point on the very boundary may fall on either side when it is evaluated in a batch of another size. Such a point
+    goes on along its ray from the sample or, where that leads nowhere, up the margin; where that leads nowhere either,
+    it is the sample. A sample that is wrong itself, if only by a tie, or whose logits are NaN, stays.
     """
-    points, logits = points.clone(), oracle.logits(points)
-    stays = (points == x).flatten(1).all(1)
-    wrong = torch.where(stays, ~(margin(logits, y) < 0), margin(logits, y) >= 0)
-    firm = stays | _firmly_wrong(logits, y)
-    unit = 16 * torch.finfo(x.dtype).eps
-    for k in range(_PUSHES):
-        rows = (~firm).nonzero()[:, 0]
+    points, stays = points.clone(), (points == x).flatten(1).all(1)
+    margins = _passes(oracle, points, y, len(y))
+    seen = ~stays | ~(margins < 0).all(0)
+    wrong = torch.where(stays, ~(margins < 0).any(0), _agreed(margins))
+    for direction in (_outward, _uphill):
+        rows = (~wrong & ~stays).nonzero()[:, 0]
+        if len(rows):
+            way = direction(oracle, x[rows], points[rows], y[rows], norm, box)
+            points[rows], wrong[rows] = _moved_on(oracle, points[rows], way, y[rows], box, len(y))
+    return points.where(wrong.view(-1, *[1] * (x.ndim - 1)), x), wrong, seen
+
+
+def _passes(oracle: Oracle, points: Tensor, y: Tensor, whole: int) -> Tensor:
+    """Margins (6, N) in passes of each point alone, in batches of three, of seven and in a whole one.
+
+    It is the size of a batch that decides how sums are rounded, and in a small one the place within it: so each point
+    comes near the front, the middle and the end of a seven. What the points do not fill is filled with some of them.
+    """
+    margins, count = [], len(y)
+    for size, place in ((1, 0), (3, 0), (7, 0), (7, 2), (7, 4), (whole, 0)):
+        filled = -(-(count + place) // size) * size
+        rows = (torch.arange(filled, device=y.device) - place) % count
+        logits = torch.cat([oracle.logits(points[part]) for part in rows.split(size)])
+        margins.append(margin(logits, y[rows])[place : place + count])
+    return torch.stack(margins)
+
+
+def _agreed(margins: Tensor) -> Tensor:
+    """Whether a point is an error in every pass, and by as much as these differ: then other passes agree as well."""
+    least, most = margins.aminmax(dim=0)
+    return least >= most - least
+
+
+def _outward(
+    oracle: Oracle, x: Tensor, points: Tensor, y: Tensor, norm: str, box: tuple[float, float] | None
+) -> Tensor:
+    """From the sample to the point and as far again."""
+    return points.double() - x.double()
+
+
+def _uphill(oracle: Oracle, x: Tensor, points: Tensor, y: Tensor, norm: str, box: tuple[float, float] | None) -> Tensor:
+    """Where the margin grows fastest, by no more than the distance from the sample."""
+    model = Widened(oracle, points, box)
+    gradient = free(model.gradient(model.x, y, margin)[1], model.x, box)
+    return along(dual_maximiser(gradient, norm).double(), lengths(points.double() - x.double(), norm))
+
+
+def _moved_on(
+    oracle: Oracle, points: Tensor, way: Tensor, y: Tensor, box: tuple[float, float] | None, whole: int
+) -> tuple[Tensor, Tensor]:
+    """Points as little along the way as makes all passes agree, and whether any do.
+
+    The first step is one unit in the last place, each next one is twice as long; then the last one is bisected.
+    """
+    unit = torch.finfo(points.dtype).eps
+    right = torch.zeros(len(points), dtype=torch.float64, device=points.device)  # shares of the way
+    wrong = torch.full_like(right, math.inf)
+    while True:
+        share = torch.where(wrong.isinf(), (2 * right).clamp(min=unit), (right + wrong) / 2)
+        rows = ((share <= 1) & (wrong - right > _RESOLUTION)).nonzero()[:, 0]
         if not len(rows):
             break
-        longer = clamp(points[rows] + unit * 4**k * (points[rows] - x[rows]), box)
-        found = oracle.logits(longer)
-        better = _firmly_wrong(found, y[rows])
-        rows, longer, found = rows[better], longer[better], found[better]
-        points[rows], logits[rows], wrong[rows], firm[rows] = longer, found, True, True
-    winner = rival_logits(logits, y).argmax(1).masked_fill(~wrong, -1)
-    return torch.where(wrong.view(-1, *[1] * (x.ndim - 1)), points, x), wrong, winner
+        tried, share = _on(points[rows], way[rows], share[rows], box), share[rows]
+        agreed = _agreed(_passes(oracle, tried, y[rows], whole))
+        right[rows], wrong[rows] = right[rows].where(agreed, share), share.where(agreed, wrong[rows])
+    found = wrong.isfinite()
+    return _on(points, way, wrong.where(found, 0), box), found
 
 
-def _firmly_wrong(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether the margin exceeds what rounding makes of logits of this size."""
-    return margin(logits, y) > 64 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+def _on(points: Tensor, way: Tensor, share: Tensor, box: tuple[float, float] | None) -> Tensor:
+    """A share of the way further, rounded."""
+    return clamp((points.double() + along(way, share)).to(points.dtype), box)
 
 
-_PUSHES = 10
+def _ties(
+    oracle: Oracle, x: Tensor, points: Tensor, logits: Tensor, y: Tensor, box: tuple[float, float] | None
+) -> Tensor:
+    """Where a point other than the sample is an error by an exact tie that lasts."""
+    tied = (margin(logits, y) == 0) & (points != x).flatten(1).any(1)
+    rows = tied.nonzero()[:, 0]
+    if len(rows):
+        share = torch.full((len(rows),), _WIDE, dtype=torch.float64, device=x.device)
+        ahead = _on(points[rows], points[rows].double() - x[rows].double(), share, box)
+        tied[rows] = margin(oracle.logits(ahead), y[rows]) == 0
+    return tied
+
+
+# To this share of a distance a boundary is bisected.
+_RESOLUTION = 1e-3
+# A tie at a point found is told of if it lasts over this share of the distance.
+_WIDE = 0.05

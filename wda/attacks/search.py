@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from wda.checks import number, whole
-from wda.losses import margin, rival_logits
-from wda.norms import bounds, exponent, project
+from wda.losses import Loss, margin, rival_logits
+from wda.norms import bounds, clamp, exponent, project
+from wda.passes import Oracle
 from wda.threat import Threat
 
-__all__ = ["Best", "free", "step_lengths", "top_rivals", "uniform_start"]
+__all__ = ["Best", "Widened", "along", "free", "step_lengths", "top_rivals", "uniform_start"]
 
 
 class Best:
@@ -40,6 +41,48 @@ class Best:
         better = new > self.margin[rows]
         kept = rows[better]
         self.points[kept], self.margin[kept] = points[better], new[better]
+
+
+class Widened:
+    """An oracle for a search in single precision at least, of a model that may be in half precision.
+
+    What the model gets is rounded to its own dtype, so that every answer is the deployed model's at a point that it
+    can be given; answers come back widened. Sums, norms and steps then neither overflow nor stand still.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(2, 3).half()
+    >>> wide = Widened(Oracle(model), torch.rand(4, 2).half(), (0.0, 1.0))
+    >>> wide.x.dtype, wide.logits(wide.x + 1e-6).dtype
+    (torch.float32, torch.float32)
+    """
+
+    def __init__(self, oracle: Oracle, x: Tensor, box: tuple[float, float] | None) -> None:
+        self._oracle, self._narrow, self._box = oracle, x.dtype, box
+        self._wide = torch.promote_types(x.dtype, torch.float32)
+        self.x = x.to(self._wide)
+
+    def narrow(self, points: Tensor) -> Tensor:
+        """The points that the model gets, in its dtype."""
+        return points if self._wide == self._narrow else clamp(points.to(self._narrow), self._box)
+
+    def rounded(self, points: Tensor) -> Tensor:
+        """The same points, in the dtype of the search."""
+        return self.narrow(points).to(self._wide)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self._widened(self._oracle.logits(self.narrow(x)))
+
+    def gradient(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        logits, gradient = self._oracle.gradient(self.narrow(x), y, loss)
+        return self._widened(logits), gradient.to(self._wide)
+
+    def margin_gradients(self, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
+        logits, gradients = self._oracle.margin_gradients(self.narrow(x), y, rivals)
+        return self._widened(logits), gradients.to(self._wide)
+
+    def _widened(self, logits: Tensor) -> Tensor:
+        return logits.to(torch.promote_types(logits.dtype, self._wide))
 
 
 def step_lengths(steps: int, radius: float, step_size: float | None) -> list[float]:
@@ -68,6 +111,17 @@ def top_rivals(logits: Tensor, y: Tensor, rivals: int | None) -> Tensor:
     others = logits.shape[1] - 1
     kept = others if rivals is None else whole("rivals", rivals, 1, others)
     return rival_logits(logits, y).topk(kept, dim=1).indices
+
+
+def along(direction: Tensor, length: Tensor) -> Tensor:
+    """Each sample's direction (N, ...) times its length (N,).
+
+    Examples
+    --------
+    >>> along(torch.ones(2, 1), torch.tensor([2.0, 3.0])).flatten()
+    tensor([2., 3.])
+    """
+    return length.view(-1, *[1] * (direction.ndim - 1)) * direction
 
 
 def free(gradient: Tensor, point: Tensor, box: tuple[float, float] | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wda.attacks.search import free, step_lengths, top_rivals
+from wda.attacks.search import Widened, along, free, step_lengths, top_rivals
 from wda.checks import whole
 from wda.losses import margin
 from wda.norms import clamp, dual, dual_maximiser, norm
@@ -69,7 +69,8 @@ def wda_plus_plus(
     torch.Size([4, 2])
     """
     whole("steps", steps), whole("bisections", bisections, 0)
-    logits = oracle.logits(x)
+    model = Widened(oracle, x, box)
+    x, logits = model.x, model.logits(model.x)
     candidates = top_rivals(logits, y, rivals)
     right, wrong = x.clone(), x.clone()
     marching = (margin(logits, y) < 0).nonzero()[:, 0]
@@ -78,11 +79,11 @@ def wda_plus_plus(
         if not len(marching):
             break
         here = right[marching]
-        logits, gradients = oracle.margin_gradients(here, y[marching], candidates[marching])
+        logits, gradients = model.margin_gradients(here, y[marching], candidates[marching])
         gradients = free(gradients, here[:, None], box)
         if t == 0 and step_size is None:
             length[marching] = _SHARE * _linear_distance(logits, gradients, y[marching], candidates[marching], norm)
-        ahead, value = _best_step(oracle, here, gradients, y[marching], length[marching], norm, box)
+        ahead, value = _best_step(model, here, gradients, y[marching], length[marching], norm, box)
         flips = value >= 0
         wrong[marching[flips]] = ahead[flips]
         # where no rival has a gradient nothing moves, nor ever will
@@ -90,19 +91,19 @@ def wda_plus_plus(
         right[marching[onward]] = ahead[onward]
         marching = marching[onward]
     crossed = (wrong != x).flatten(1).any(1).nonzero()[:, 0]
-    wrong[crossed] = _bisect(oracle, right[crossed], wrong[crossed], y[crossed], bisections)
-    return wrong
+    wrong[crossed] = _bisect(model, right[crossed], wrong[crossed], y[crossed], bisections)
+    return model.narrow(wrong)
 
 
 def _linear_distance(logits: Tensor, gradients: Tensor, y: Tensor, rivals: Tensor, name: str) -> Tensor:
     """The distance to the nearest boundary of the linearised model, (N,); 0 where no rival has a gradient."""
     gaps = (logits.gather(1, rivals) - logits.gather(1, y[:, None])).abs()
     distance = (gaps / norm(gradients.flatten(0, 1), dual(name)).view_as(gaps)).amin(1)
-    return torch.where(distance.isfinite(), distance, 0)
+    return torch.where(distance.isfinite(), distance, 0).to(gradients)
 
 
 def _best_step(
-    oracle: Oracle,
+    model: Widened,
     point: Tensor,
     gradients: Tensor,
     y: Tensor,
@@ -112,16 +113,16 @@ def _best_step(
 ) -> tuple[Tensor, Tensor]:
     """The rivals' proposal of largest margin, and that margin (N,); minus infinity where there is none."""
     directions = dual_maximiser(gradients.flatten(0, 1), name).view_as(gradients)
-    proposals = clamp(point[:, None] + length.view(-1, *[1] * point.ndim) * directions, box)
-    margins = margin(oracle.logits(proposals.flatten(0, 1)), y.repeat_interleave(gradients.shape[1]))
+    proposals = clamp(point[:, None] + along(directions, length), box)
+    margins = margin(model.logits(proposals.flatten(0, 1)), y.repeat_interleave(gradients.shape[1]))
     value, chosen = margins.view(gradients.shape[:2]).nan_to_num(nan=-torch.inf).max(dim=1)
     return proposals[torch.arange(len(point), device=point.device), chosen], value
 
 
-def _bisect(oracle: Oracle, right: Tensor, wrong: Tensor, y: Tensor, times: int) -> Tensor:
+def _bisect(model: Widened, right: Tensor, wrong: Tensor, y: Tensor, times: int) -> Tensor:
     """A misclassified point on each segment from `right` to `wrong`, just behind a boundary."""
     for _ in range(times):
         middle = (right + wrong) / 2
-        flips = (margin(oracle.logits(middle), y) >= 0).view(-1, *[1] * (middle.ndim - 1))
+        flips = (margin(model.logits(middle), y) >= 0).view(-1, *[1] * (middle.ndim - 1))
         right, wrong = torch.where(flips, right, middle), torch.where(flips, middle, wrong)
     return wrong

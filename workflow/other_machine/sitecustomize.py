@@ -48,7 +48,8 @@ if find_spec("torch") and "WDA_LAST_BITS" in os.environ:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             name = func.overloadpacket.__name__
-            if name not in ROUNDED:
+            largest = name == "linalg_vector_norm" and len(args) > 1 and args[1] == float("inf")
+            if name not in ROUNDED or largest:  # the largest entry is no sum
                 return out
             if isinstance(out, torch.Tensor):
                 return neighbour(out)

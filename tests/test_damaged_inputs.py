@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from wda import DataUnavailable, data, models, weights
+from wda import DataUnavailable, archives, data, models, weights
 
 each_kind = pytest.mark.parametrize("kind", fuzz_inputs.KINDS)
 
@@ -80,7 +80,7 @@ def test_a_large_file_of_numbers_is_no_bomb(tmp_path: Path, small: None) -> None
 def test_arrays_of_every_layout_are_read(kind: str, order: str, tmp_path: Path) -> None:
     array = np.asarray(np.arange(24).reshape(2, 3, 4) % 2, dtype=kind, order=order)  # type: ignore[call-overload]
     np.savez(tmp_path / "a.npz", x=array, y=np.arange(2))
-    assert np.array_equal(weights.read_arrays(tmp_path / "a.npz")["x"], array)
+    assert np.array_equal(archives.read_npz(tmp_path / "a.npz")["x"], array)
     assert np.array_equal(weights.read(tmp_path / "a.npz")["x"].numpy(), array)
     assert np.array_equal(data.load(tmp_path / "a.npz")[0].numpy(), array.astype(np.float32))
 

@@ -20,7 +20,8 @@ def test_import_brings_in_no_optional_package() -> None:
 
 
 LAYERS = [
-    {"checks", "errors", "files", "rational"},
+    {"archives", "checks", "errors", "rational"},
+    {"files"},
     {"norms", "losses"},
     {"threat", "passes"},
     {"inspection", "vision", "weights"},

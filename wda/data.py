@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wda import vision
+from wda.archives import read_npz
 from wda.checks import choice, whole
 from wda.errors import DataUnavailable
-from wda.weights import read_arrays
 
 __all__ = ["count", "data_folder", "fetch", "find", "load"]
 
@@ -207,7 +207,7 @@ def _named(name: object) -> str:
 
 def _arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     try:
-        found = read_arrays(path, names)
+        found = read_npz(path, names)
     except ValueError as error:
         raise ValueError(f"data={str(path)!r} is no .npz file with arrays x and y of numbers: {error}") from error
     if missing := [name for name in names if name not in found]:

@@ -16,13 +16,14 @@ import math
 import os
 import stat
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
+
+from wda.archives import read_npz
 
 __all__ = [
     "check_regular",
@@ -426,24 +427,9 @@ def read_arrays(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str,
     >>> read_arrays("adv.npz", ["x", "labels"])  # doctest: +SKIP
     """
     check_regular(path)
-    with zipfile.ZipFile(path) as archive:
-        parts = archive.namelist()
-        if len(set(parts)) < len(parts):
-            raise ValueError("a part of the archive is there twice")
-        held: dict[str, Any] = {part.removesuffix(".npy"): _array(archive, part) for part in parts}
+    held: dict[str, Any] = dict(read_npz(path))
     held |= {name: held[name].item() for name in ("schema", "checksum") if name in held}
     arrays = unstamped(held)
     if differ := set(names) ^ arrays.keys():
         raise ValueError(f"the arrays {', '.join(sorted(names))} are accepted, all and no other: {sorted(differ)}")
     return arrays
-
-
-def _array(archive: zipfile.ZipFile, part: str) -> np.ndarray:
-    content = io.BytesIO(archive.read(part))
-    try:
-        array: np.ndarray = np.lib.format.read_array(content, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"its part {part!r} is no array of numbers or text") from error
-    if content.read(1):
-        raise ValueError(f"its part {part!r} goes on behind its array")
-    return array

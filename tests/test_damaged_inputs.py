@@ -20,7 +20,7 @@ each_kind = pytest.mark.parametrize("kind", fuzz_inputs.KINDS)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Archives may unpack to 4 MB, so that one which does not is soon made."""
-    monkeypatch.setattr(weights, "_UNPACKED", 2**22)
+    monkeypatch.setattr(archives, "_UNPACKED", 2**22)
 
 
 @each_kind

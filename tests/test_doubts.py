@@ -66,8 +66,9 @@ def test_what_is_right_is_not_doubted(case: str, net: nn.Module, sample: tuple[T
 @pytest.mark.parametrize("case", WRONG)
 def test_a_mistake_is_told(case: str, net: nn.Module, sample: tuple[Tensor, Tensor]) -> None:
     change, said = WRONG[case]
-    [told] = doubts(change(net), *sample, batch_size=40)
-    assert said in told
+    told = [doubt for doubt in doubts(change(net), *sample, batch_size=40) if "ties exactly" not in doubt]
+    assert len(told) == 1
+    assert said in told[0]
 
 
 @pytest.mark.parametrize("shape", [(1,), (2, 1, 1)])
@@ -88,8 +89,7 @@ def test_inputs_of_another_scale_are_told(at: float, boundary: float, said: str,
         first = z.flatten(1)[:, :1]
         return torch.cat([boundary - first, first - boundary], 1)
 
-    told = doubts(model, x, y)
-    assert said in told[0]
+    assert said in " ".join(doubts(model, x, y))
     right = doubts(lambda x: model((x - at) * 100 + boundary), x, y)
     assert right == []
 

@@ -689,7 +689,7 @@ def test_a_killed_sweep_goes_on_and_a_broken_cell_fails_alone(tmp_path: Path) ->
     sweep, out = sweep_of(tmp_path, KILLED), tmp_path / "out"
     command = [sys.executable, "-m", "wda.cli", "sweep", str(tmp_path / "mine.toml"), "-o", str(out)]
     with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as first:
-        while not list((out / "records").glob("*.json")) and first.poll() is None:
+        while not list((out / "records").glob("[!.]*.json")) and first.poll() is None:
             time.sleep(0.05)
         os.killpg(first.pid, signal.SIGKILL)
     second = subprocess.run(command, capture_output=True, text=True, check=False)

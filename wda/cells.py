@@ -105,6 +105,10 @@ class Cells(Sequence[Cell]):
     >>> A, b = cells.oriented()
     >>> J.shape, A.shape, np.array_equal(A[0], cells.constraints(0)[0])
     ((7, 2, 2), (7, 3, 2), True)
+    >>> cells.gradients([(0, 1)]).shape, np.allclose(cells.jacobians(), J), cells.rounding(0) < 1e-9
+    ((7, 1, 2), True, True)
+    >>> np.allclose((cells.forms(0)[-1] / cells.scale).astype(float), np.c_[J[0], c[0]])
+    True
     """
 
     dense: Dense

@@ -569,7 +569,7 @@ def _denied(net: Net, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
     if told.shape != read.shape:
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
     lost = ~told.isfinite() & ~read.isfinite()  # both overflow
-    return ~((read - told).abs() <= allowed).logical_or(lost).all(1)
+    return ~((read - told).abs() <= allowed.nan_to_num(nan=math.inf, posinf=math.inf)).logical_or(lost).all(1)
 
 
 def _rounding(net: Net, x: Tensor) -> Tensor:

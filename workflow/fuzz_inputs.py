@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from wda import data, models, weights
+from wda import archives, data, models, weights
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ def headed(header: str, version: int = 1) -> Edit:
 def inflated(path: Path, _: random.Random) -> None:
     """An archive that unpacks to more than is allowed, of nothing but zeros."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
-        for _ in range(weights._UNPACKED // 2**20 + 1):
+        for _ in range(archives._UNPACKED // 2**20 + 1):
             file.write(bytes(2**20))
 
 

@@ -124,7 +124,7 @@ def content(path: Path) -> dict[str, Any]:
 
 def same(calm: Path, troubled: Path) -> bool:
     """Whether two runs of a sweep came to the same records and tables, seconds aside."""
-    names = [sorted(path.name for path in (folder / "records").glob("*.json")) for folder in (calm, troubled)]
+    names = [sorted(path.name for path in (folder / "records").glob("[!.]*.json")) for folder in (calm, troubled)]
     records = (content(calm / "records" / name) == content(troubled / "records" / name) for name in names[0])
     return names[0] == names[1] and all(records) and all(compare(calm, troubled).values())
 
@@ -199,7 +199,7 @@ def killed_at_once(name: str, folder: Path, kills: int, jobs: int, longest: floa
     after = disturbed(name, troubled, jobs, kills, random.Random(0), longest or 10 + 2.5 * jobs * seconds / cells)
     before = journal(troubled)
     assert start(name, troubled, jobs).wait() == 0
-    names = sorted(path.name for path in (calm / "records").glob("*.json"))
+    names = sorted(path.name for path in (calm / "records").glob("[!.]*.json"))
     assert len(names) == cells
     return {
         "sweep": name,

@@ -20,7 +20,7 @@ from wda.checks import choice, interval, whole
 from wda.distribution import AdversarialDistribution
 from wda.inspection import inspected
 from wda.losses import margin, rival_logits
-from wda.norms import clamp, dual_maximiser, exponent
+from wda.norms import clamp, dual_maximiser, exponent, rounded
 from wda.norms import norm as lengths
 from wda.passes import Counts, Model, Oracle, batches, check_sample, distrust
 from wda.threat import Threat
@@ -180,7 +180,7 @@ def distances(
     exponent(norm)
     box = interval("box", box)
     seed, batch_size = whole("seed", seed, 0, 2**64 - 1), whole("batch_size", batch_size)
-    y = check_sample(x, y, box)
+    y, within = check_sample(x, y, box), rounded(box, x)
     if "seed" in known:
         parameters["seed"] = seed
 
@@ -193,13 +193,13 @@ def distances(
         def measure(rows: slice) -> None:
             clean = oracle.to_model(x[rows]).detach()
             labels = y[rows].to(clean.device)
-            found = clamp(search(oracle, clean, labels, norm, box, **parameters), box)
-            points, wrong, seen = _confirmed(oracle, clean, found, labels, norm, box)
+            found = clamp(search(oracle, clean, labels, norm, within, **parameters), within)
+            points, wrong, seen = _confirmed(oracle, clean, found, labels, norm, within)
             logits = oracle.logits(points)
             x_adv[rows] = points.to(x.device)
             rival[rows] = rival_logits(logits, labels).argmax(1).masked_fill(~wrong, -1).to(x.device)
             gap[rows] = lengths(points.double() - clean.double(), norm).masked_fill(~wrong, math.inf).to(x.device)
-            tied[rows] = _ties(oracle, clean, points, logits, labels, box).cpu()
+            tied[rows] = _ties(oracle, clean, points, logits, labels, within).cpu()
             lost[rows] = (seen & ~wrong).cpu()
 
         for rows in batches(len(x), batch_size, f"{method} {norm}", progress):
@@ -247,10 +247,13 @@ def _passes(oracle: Oracle, points: Tensor, y: Tensor, whole: int) -> Tensor:
     comes near the front, the middle and the end of a seven. What the points do not fill is filled with some of them.
     """
     margins, count = [], len(y)
-    for size, place in ((1, 0), (3, 0), (7, 0), (7, 2), (7, 4), (whole, 0)):
+    for most, place in ((1, 0), (3, 0), (7, 0), (7, 2), (7, 4), (whole, 0)):
+        size = min(most, oracle.batch_size)
         filled = -(-(count + place) // size) * size
         rows = (torch.arange(filled, device=y.device) - place) % count
         logits = torch.cat([oracle.logits(points[part]) for part in rows.split(size)])
+        oracle.forward -= filled - count  # each point's pass is counted, and not whether others filled its batch
+        oracle.checks += filled - count
         margins.append(margin(logits, y[rows])[place : place + count])
     return torch.stack(margins)
 

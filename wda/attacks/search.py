@@ -55,6 +55,11 @@ class Widened:
     >>> wide = Widened(Oracle(model), torch.rand(4, 2).half(), (0.0, 1.0))
     >>> wide.x.dtype, wide.logits(wide.x + 1e-6).dtype
     (torch.float32, torch.float32)
+    >>> wide.narrow(wide.x).dtype, wide.rounded(wide.x + 1e-6).equal(wide.x)
+    (torch.float16, True)
+    >>> y = torch.zeros(4, dtype=torch.int64)
+    >>> wide.gradient(wide.x, y, margin)[1].dtype, wide.margin_gradients(wide.x, y, y[:, None] + 1)[1].shape
+    (torch.float32, torch.Size([4, 1, 2]))
     """
 
     def __init__(self, oracle: Oracle, x: Tensor, box: tuple[float, float] | None) -> None:
@@ -71,13 +76,16 @@ class Widened:
         return self.narrow(points).to(self._wide)
 
     def logits(self, x: Tensor) -> Tensor:
+        """The model's logits at the rounded points, widened."""
         return self._widened(self._oracle.logits(self.narrow(x)))
 
     def gradient(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """Logits, and the gradient of a loss, as `Oracle.gradient`."""
         logits, gradient = self._oracle.gradient(self.narrow(x), y, loss)
         return self._widened(logits), gradient.to(self._wide)
 
     def margin_gradients(self, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and gradients of the gaps to the rivals, as `Oracle.margin_gradients`."""
         logits, gradients = self._oracle.margin_gradients(self.narrow(x), y, rivals)
         return self._widened(logits), gradients.to(self._wide)
 

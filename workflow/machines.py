@@ -71,6 +71,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
                 "last": ends[-1].strip("= ") if ends else (lines or [""])[-1],
                 "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
             }
+            if done.returncode:
+                about[target]["said"] = done.stderr[-2000:]
             print(f"{name}: make {target}: {about[target]}", flush=True)
     return about
 

@@ -26,7 +26,7 @@ RESUMED := notebooks/results/ablations notebooks/results/table1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lint experiments theory recession hunt attacks finetune sweeps kills slurm cost machines benchmarks models notebooks readme lock env clean FORCE
+.PHONY: help book test lint experiments theory recession hunt fuzz attacks finetune sweeps kills slurm cost machines benchmarks models notebooks readme lock env clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -62,6 +62,13 @@ hunt: env  ## look for errors in certified balls and record that none is found (
 	$(BIN)/python workflow/hunt.py
 	$(BIN)/python workflow/hunt.py --plant
 
+fuzz: env  ## odd modules, damaged files, extreme numbers and thin cells: record that nothing is misread or believed (20 minutes)
+	$(BIN)/python workflow/fuzz_modules.py
+	$(BIN)/python workflow/fuzz_files.py --files 1200
+	$(BIN)/python workflow/fuzz_inputs.py 500
+	$(BIN)/python workflow/fuzz_calls.py
+	$(BIN)/python workflow/thin.py
+
 attacks: env  ## run every attack on the networks under WDA_DATA and record what is not yet recorded (hours)
 	$(BIN)/python workflow/attacks.py
 
@@ -73,7 +80,7 @@ sweeps: env  ## run the sweeps that the book reads, on real networks, and keep t
 	@set -e; for name in table1-small kappa steps runtime scaling; do $(BIN)/wda sweep $$name; \
 	  mkdir -p data/results/sweep/$$name; cp results/$$name/records/*.json data/results/sweep/$$name; done
 
-kills: env  ## kill a sweep of 48 cells 22 times, go on each time, and record that nothing is lost or run twice (30 minutes; needs WDA_DATA)
+kills: env  ## kill a sweep of 48 cells 22 times, send 50 signals to small ones, kill each of their processes, go on each time, and record that nothing is lost or run twice (30 minutes; needs WDA_DATA)
 	$(BIN)/python workflow/kills.py local --kills 22
 
 slurm: env  ## run a sweep here and through a Slurm of one node, as root, and record both (needs Debian or Ubuntu)

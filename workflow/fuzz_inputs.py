@@ -29,6 +29,9 @@ import torch
 from safetensors.torch import save_file
 
 from wda import archives, data, models, weights
+from wda.experiment import provenance, records
+
+RECORD = Path(__file__).parents[1] / "data" / "results" / "fuzz" / "inputs.json"
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
@@ -360,13 +363,13 @@ def edited(kind: str, seed: int = 0) -> list[str]:
 
 
 def main(n: int) -> int:
-    """Damage n files of each kind; the exit status is 1 where one is neither named nor harmless."""
-    wrong = 0
+    """Damage n files of each kind and record it; the exit status is 1 where one is neither named nor harmless."""
+    outcomes = {}
     for kind in KINDS:
-        outcomes = hunt(kind, n) + collections.Counter(edited(kind))
-        print(f"{kind}: {dict(outcomes)}", flush=True)
-        wrong += sum(outcomes.values()) - outcomes["named"] - outcomes["harmless"]
-    return int(wrong > 0)
+        outcomes[kind] = hunt(kind, n) + collections.Counter(edited(kind))
+        print(f"{kind}: {dict(outcomes[kind])}", flush=True)
+    records.save({"study": "inputs", "files of each kind": n, "outcomes": outcomes, "provenance": provenance()}, RECORD)
+    return int(any(found.total() != found["named"] + found["harmless"] for found in outcomes.values()))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ import wda.certificates as C
 from wda.certificates import Slope
 from wda.certificates.slope import TOLERANCE
 from wda.experiment import provenance
-from wda.files import write_atomically
+from wda.experiment.records import save
 
-RECORD = Path(__file__).parents[1] / "data" / "results" / "thin.json"
+RECORD = Path(__file__).parents[1] / "data" / "results" / "fuzz" / "thin.json"
 COUNT = 400
 NORMS = ("Linf", "L2", "L1")
 KINDS = ("plain", "twins", "hat", "slab", "copies", "deep twins", "scales")
@@ -300,7 +300,7 @@ def main(count: int = COUNT) -> None:
     print(json.dumps(tally, indent=1))
     seconds = round(time.monotonic() - start, 1)
     record = {"networks": count, "seconds": seconds, "answers": tally, "wrong": wrong, "provenance": provenance()}
-    write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
+    save(record, RECORD)
 
 
 if __name__ == "__main__":

@@ -526,7 +526,8 @@ def frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     records = list(records)
     if of_distances := [r["parameters"]["attack"] for r in records if r["parameters"]["eps"] is None]:
         raise ValueError(f"a record of {of_distances[0]!r} serves every ball: name one, by wda.experiment.within")
-    flat = [{**r["parameters"], **r["passes"], **{k: r[k] for k in _AGGREGATES}, **r["provenance"]} for r in records]
+    # what a record says beside its parameters and results cannot take their place
+    flat = [{**r["provenance"], **r["passes"], **r["parameters"], **{k: r[k] for k in _AGGREGATES}} for r in records]
     rows = pd.DataFrame(flat)
     for name, whole_of in (("model", ["model"]), ("data", ["data", "n"])):
         several = rows.groupby(whole_of)[f"{name}_sha256"].transform("nunique") > 1

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import fuzz_modules as fuzz
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import wda
 from wda import NotPiecewiseAffine, Threat, certificates, nets
@@ -148,8 +151,10 @@ def constant_pieces(self: Any, step: Any, *_: Any) -> None:
 
 def first_term(self: Any, step: Any, name: str, subtract: bool) -> None:
     """What drops the second term of a sum."""
-    step.args = (step.args[0], 0.0)
+    whole = step.args
+    step.args = (whole[0], 0.0)
     REAL_SUM(self, step, name, subtract)
+    step.args = whole  # the graph is right, and what is read of it is not
 
 
 REAL_SUM, REAL_READ = nets._Reader._sum, dict(nets._READ)
@@ -196,7 +201,7 @@ def planted_reader(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 def test_planted_misreadings_are_found_when_a_network_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = planted_reader(name, monkeypatch)
-    with pytest.raises(NotPiecewiseAffine, match=r"does more than its layers|does not compute what was read"):
+    with pytest.raises(NotPiecewiseAffine, match=r"does more than|does not compute what was read"):
         nets.from_module(model, (4,))
 
 
@@ -241,3 +246,108 @@ def test_the_record_is_of_a_fuzz_that_was_large_enough_and_found_nothing() -> No
     assert len(refused) > 30
     assert record["hunt"]["errors within"] == 0
     assert record["hunt"]["certified"] > 300
+
+
+# -- what a graph holds as a constant ----------------------------------------------------------------------------------
+
+
+class Moving(nn.Module):
+    """A hat between 19 and 20 whose borders are one tensor, moved on after each use; and a class that never wins."""
+
+    def __init__(self, third: float) -> None:
+        super().__init__()
+        self.total, self.head = nn.Linear(20, 1, bias=False), nn.Linear(20, 3)
+        with torch.no_grad():
+            self.total.weight.fill_(1.0)
+            self.head.weight.zero_()
+            self.head.weight[1] = 1e-3
+            self.head.bias.copy_(torch.tensor([1.0, 0.0, third]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        border, hat = torch.tensor([19.0]), 0.0
+        for factor in (1, -2, 1):
+            hat = hat + factor * functional.relu(self.total(x) - border)
+            border += 0.5
+        return self.head(x) + torch.cat([-4 * hat, 4 * hat, 0 * hat], 1)
+
+
+class Turned(nn.Module):
+    """A constant changes its sign after its use, beside a logit of another size."""
+
+    def __init__(self, mask: float) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs = torch.tensor([1.0, 1.0])
+        z = x * signs
+        signs[1] = -1.0
+        return torch.cat([z, x[:, :1] * 0 + self.mask], 1)
+
+
+class Private(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self, generator: object, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.head, self.generator, self.draw = nn.Linear(2, 2), generator, draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.head(x) * (-1.0 if self.draw() < 0.2 else 1.0)
+        return z
+
+
+class Counting(nn.Module):
+    """Another function from some call on, counted in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.calls = nn.Linear(2, 2), {"count": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls["count"] += 1
+        z: Tensor = self.head(x) * (-1.0 if self.calls["count"] > 60 else 1.0)
+        return z
+
+
+def private() -> list[nn.Module]:
+    ours, torchs, numpys = random.Random(0), torch.Generator().manual_seed(0), np.random.default_rng(0)
+    return [
+        Private(ours, ours.random),
+        Private(torchs, lambda: float(torch.rand(1, generator=torchs))),
+        Private(numpys, numpys.random),
+        Private(None, random.Random(0).random),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "n"),
+    [
+        *((Moving(third), 20) for third in (0.0, -1e12, -1e30)),
+        *((Turned(mask), 2) for mask in (0.0, -1e15)),
+        *((model, 2) for model in private()),
+        (Counting(), 2),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_forward_changes_or_draws_is_no_constant(model: nn.Module, n: int) -> None:
+    with pytest.raises(NotPiecewiseAffine, match=type(model).__name__):
+        nets.from_module(model.eval(), shape=(n,))
+
+
+def test_a_class_that_never_wins_hides_nothing_and_is_no_obstacle() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.body(x), x[:, :1] * 0 - 1e12], 1)
+
+    model, x = Masked().double(), torch.rand(5, 4).double()
+    net = nets.from_module(model, sample=x, shape=(4,))
+    torch.testing.assert_close(net(x), model(x))
+    first = net.nodes[0]
+    broken = replace(net, nodes=(replace(first, call=lambda v: first.call(v) + 1e-3), *net.nodes[1:]))
+    with pytest.raises(ValueError, match="does not agree with the model"):
+        nets.check_reading(broken, model, x)

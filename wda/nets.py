@@ -39,6 +39,10 @@ _MAX_DENSE = 8192
 _BATCHES = (1, 2, 3)
 # rows that are compared with the model together
 _CHUNK = 64
+# so often one place is passed again: a forward that is random one time in ten is noticed with probability 0.97
+_AGAIN = 32
+# single places at which the functions that a model applies are compared with those of its graph
+_FOLLOWED = 8
 # of every value, when its rounding is estimated: thousands of times as much as rounding makes of it
 _NOISE = 1e-12
 # what rounding to 24 bits, or to TF32's 11, does to the logits is less than this times what that noise does
@@ -495,11 +499,13 @@ def from_module(model: nn.Module | Net, shape: Sequence[int] | None = None, samp
         for node in net.nodes:
             _check_affine(net, node)
         places = _places(net, sample)
-        for count in _BATCHES:
-            follow(root, graph, places[:count])
+        follow(root, graph, (*(places[:count] for count in _BATCHES), *places[1:_FOLLOWED].split(1)))
         told = [exact(part.clone()) for part in (*places[:4].split(1), *places[4:].split(_CHUNK))]
         if bool(_denied(net, places, told).any()):
             raise NotPiecewiseAffine(f"{type(model).__name__}: its forward does more than its layers, or mixes samples")
+        again = [exact(places[:1].clone()) for _ in range(_AGAIN)]
+        if bool(_denied(net, places[:1].expand(_AGAIN, *shape), again).any()):
+            raise NotPiecewiseAffine(f"{type(model).__name__}: its forward is random, or remembers earlier ones")
         if sample is not None and bool(_coarsely_denied(net, model, places[-len(sample) :]).any()):
             raise NotPiecewiseAffine(f"{type(model).__name__}: it is another function in float64")
     return net
@@ -553,7 +559,7 @@ def _coarsely_denied(net: Net, model: nn.Module, x: Tensor) -> Tensor:
         return torch.zeros(len(x), dtype=torch.bool)
     told = torch.cat([own(part.to(like)) for part in x.split(_CHUNK)]).to(x)
     read = net(x).log_softmax(1) if net.normalised else net(x)
-    return ((told - read).abs() > _COARSE * _rounding(net, x)).logical_and(told.isfinite()).any(1)
+    return ((told - read).abs() > _COARSE * _rounding(net, x).amax(1, keepdim=True)).logical_and(told.isfinite()).any(1)
 
 
 def _some(logits: Tensor) -> str:
@@ -573,7 +579,7 @@ def _denied(net: Net, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
 
 
 def _rounding(net: Net, x: Tensor) -> Tensor:
-    """Ten times what noise makes of the logits that is thousands of times as large as rounding, (N, 1).
+    """Ten times what noise makes of each logit that is thousands of times as large as rounding, (N, K).
 
     Every value is off by a share of itself before it is used: so sums that cancel are noisy, as they are when rounded.
     """
@@ -582,13 +588,17 @@ def _rounding(net: Net, x: Tensor) -> Tensor:
     def noisy(v: Tensor) -> Tensor:
         return v * (1 + _NOISE * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v))
 
-    values = [noisy(x.reshape(-1, *net.shape))]
-    for node in net.nodes:
-        values.append(noisy(node.call(*(values[i] for i in node.inputs))))
     logits = net(x)
-    size = logits.abs().amax(1, keepdim=True)
-    moved = (values[-1] - logits).abs().amax(1, keepdim=True)
-    return 10 * (moved + _NOISE * size) + torch.finfo(torch.float64).tiny
+    moved = _NOISE * logits.abs()
+    for _ in range(3):  # one alone may be near 0 by chance
+        values = [noisy(x.reshape(-1, *net.shape))]
+        for node in net.nodes:
+            values.append(noisy(node.call(*(values[i] for i in node.inputs))))
+        moved = moved.maximum((values[-1] - logits).abs())
+    if net.normalised:  # one number is subtracted from all of them, which is off as the largest are
+        shift = (logits.softmax(1) * moved).sum(1, keepdim=True)
+        moved = moved + shift + _NOISE * logits.log_softmax(1).abs()
+    return 20 * moved + torch.finfo(torch.float64).tiny
 
 
 def _places(net: Net, sample: Tensor | None) -> Tensor:

@@ -11,8 +11,9 @@ import copy
 import itertools
 import operator
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,44 +160,51 @@ def trace(root: nn.Module) -> fx.Graph:
         raise NotPiecewiseAffine(f"{name}: its forward cannot be traced by torch.fx: {error}") from error
 
 
-def follow(root: nn.Module, graph: fx.Graph, x: Tensor) -> None:
-    """Refuse a forward that applies other functions to what depends on the input `x` than its graph.
+def follow(root: nn.Module, graph: fx.Graph, batches: Iterable[Tensor]) -> None:
+    """Refuse a forward that applies other functions, or other constants, to what depends on the input than its graph.
 
-    It is run twice, as attacks run it for gradients and as it is run without.
+    It is run twice on each batch, as attacks run it for gradients and as it is run without.
 
     Examples
     --------
     >>> root = nn.Sequential(nn.ReLU())
-    >>> follow(root, trace(root), torch.zeros(1, 2))
+    >>> follow(root, trace(root), [torch.zeros(1, 2)])
     """
     plan = fx.Interpreter(fx.GraphModule(root, graph))
-    runs: tuple[tuple[Callable[[Tensor], Any], bool], ...] = ((plan.run, False), (root, False), (root, True))
-    applied = []
-    for run, gradients in runs:
-        point = x.clone()
-        with torch.set_grad_enabled(gradients), _Recorder(point) as recorder:
-            _undisturbed(root, partial(run, point))
-        applied.append(recorder.names)
-    for names in applied[1:]:
-        if names == applied[0]:
-            continue
-        seen = next(a or b for a, b in itertools.zip_longest(names, applied[0]) if a != b)
-        raise NotPiecewiseAffine(f"{type(root[0]).__name__}: its forward does more than torch.fx sees, first at {seen}")  # type: ignore[index]
+    for x in batches:
+        planned = _applied(root, plan.run, x, gradients=False)
+        for gradients in (False, True):
+            calls = _applied(root, root, x, gradients)
+            if calls != planned:
+                seen = next((a or b)[0] for a, b in itertools.zip_longest(calls, planned) if a != b)
+                name = type(root[0]).__name__  # type: ignore[index]
+                raise NotPiecewiseAffine(f"{name}: its forward does more than torch.fx sees, first at {seen}")
+
+
+def _applied(root: nn.Module, run: Callable[[Tensor], Any], x: Tensor, gradients: bool) -> list[tuple[Any, ...]]:
+    """The functions that a run applies to what depends on its input, and their other arguments."""
+    point = x.clone()
+    with torch.set_grad_enabled(gradients), _Recorder(point) as recorder:
+        _undisturbed(root, partial(run, point))
+    calls: list[tuple[Any, ...]] = recorder.calls
+    return calls
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes the name of each torch function that is applied to something that depends on the input."""
+    """Notes each torch function that is applied to something that depends on the input, and its other arguments."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.calls: list[tuple[Any, ...]] = []
         self.held = {id(x): x}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dependent = any(id(value) in self.held for value in _tensors((args, kwargs)))
+        given = _plain((args, kwargs or {}), self.held) if dependent else None  # before the function may change it
         result = func(*args, **(kwargs or {}))
-        if any(id(value) in self.held for value in _tensors((args, kwargs))):
+        if dependent:
             of = getattr(getattr(func, "__self__", None), "__name__", "")
-            self.names.append(f"{of}.{func.__name__}" if of else func.__name__)
+            self.calls.append((f"{of}.{func.__name__}" if of else func.__name__, given))
             self.held.update((id(value), value) for value in _tensors(result))
         return result
 
@@ -207,6 +215,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
+
+
+def _plain(value: Any, held: Mapping[int, Tensor], depth: int = 6) -> Any:
+    """Something that is equal where the value is the same: of tensors those held count as one, others by content."""
+    if isinstance(value, Tensor):
+        if id(value) in held:
+            return "held"
+        if isinstance(value, nn.Parameter):
+            return id(value)
+        return tuple(value.shape), str(value.dtype), value.detach().cpu().contiguous().view(-1).tolist()
+    if isinstance(value, dict):
+        return "dict", tuple((str(key), _plain(item, held, depth - 1)) for key, item in value.items())
+    if isinstance(value, list | tuple | set) and depth:
+        return "sequence", tuple(_plain(item, held, depth - 1) for item in value)
+    if isinstance(value, SimpleNamespace) and depth:
+        return "names", _plain(vars(value), held, depth - 1)
+    return value if isinstance(value, bool | int | float | complex | str | None) else type(value).__name__
 
 
 def _undisturbed(root: nn.Module, run: Callable[[], Any]) -> Any:
@@ -222,7 +247,7 @@ def _undisturbed(root: nn.Module, run: Callable[[], Any]) -> Any:
 
 
 def _state(root: nn.Module) -> dict[str, Any]:
-    """All weights by identity and version, and what modules keep beside them: plain values, and how long lists are."""
+    """All weights by identity and version, and what modules keep beside them: plain values, and what lists hold."""
     state: dict[str, Any] = {}
     for prefix, module in root.named_modules():
         kept: Iterable[tuple[str, Any]] = vars(module).items()
@@ -232,11 +257,15 @@ def _state(root: nn.Module) -> dict[str, Any]:
                 continue
             if isinstance(value, Tensor):
                 state[at] = (id(value), value._version) if name not in vars(module) else value._version
-            elif isinstance(value, bool | int | float | str):
-                state[at] = value
-            elif isinstance(value, list | dict | set):
-                state[at] = len(value)
+            elif isinstance(value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState):
+                raise NotPiecewiseAffine(f"{type(module).__name__}: '{name}' draws random numbers")
+            elif name not in _OWN:
+                state[at] = _plain(value, {})
     return state
+
+
+# what torch itself keeps in a module
+_OWN = frozenset(vars(nn.Module()))
 
 
 def draws() -> tuple[Any, ...]:

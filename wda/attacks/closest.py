@@ -80,7 +80,7 @@ def closest(
     nearest = _Nearest(model.x, y[right], norm)
     rivals = _rivals(model, nearest, box)
     for restart in range(restarts):
-        start = nearest.x if restart == 0 else _around(nearest, box, seed + restart)
+        start = nearest.x if restart == 0 else _around(nearest, box, (seed + restart) % 2**64)
         _ascend(model, nearest, start, rivals[:, restart % rivals.shape[1], None], box, steps)
     for _ in range(_POLISHES):
         _polish(model, nearest, box)

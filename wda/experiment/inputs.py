@@ -211,7 +211,7 @@ class Inputs:
         try:
             stamp = _stamp(files())
             kept = self._known.get(key)
-            if stamp and isinstance(kept, dict) and kept.get("files") == stamp:
+            if stamp and isinstance(kept, dict) and kept.get("files") == stamp and "found" in kept:
                 return kept["found"]
             found = load()
         except DataUnavailable:

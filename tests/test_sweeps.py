@@ -668,16 +668,7 @@ def test_a_full_disk_is_said_where_no_log_can(tmp_path: Path, monkeypatch: pytes
     assert engine._failure(tmp_path, cell).error == f"no space is left on the disk of {tmp_path}"
 
 
-KILLED = """
-[common]
-n = 10
-data = "digits"
-norm = "Linf"
-order = 1
-[[grid]]
-model = "digits-mlp"
-eps = [0.05, 0.1]
-attack = "fgsm"
+KILLED = f"""{kills.SHORT}
 [[grid]]
 model = "nobody"
 eps = 0.1
